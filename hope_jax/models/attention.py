@@ -1,0 +1,115 @@
+"""Causal softmax attention with rotary positions and a key-value cache of fixed capacity."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .params import matmul, matrix
+from .rotary import rotate
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer; S slots, each row at its own position."""
+
+    key_BSHK: jax.Array  # [B, S, H, K] float32, already rotated
+    value_BSHK: jax.Array  # [B, S, H, K] float32
+    valid_BS: jax.Array  # [B, S] bool, False where nothing (or padding) was written
+    position_B: jax.Array  # [B] int32, tokens read so far, padding included
+
+
+class Attention(nnx.Module):
+    """Multi-head causal attention that carries its past in a `KVCache`."""
+
+    def __init__(self, dim: int, heads: int, *, capacity: int, theta: float, out_gain: float, rngs: nnx.Rngs):
+        self.dim, self.heads, self.capacity, self.theta = dim, heads, capacity, theta
+        self.wq = matrix(rngs, dim, dim)
+        self.wk = matrix(rngs, dim, dim)
+        self.wv = matrix(rngs, dim, dim)
+        self.wo = matrix(rngs, dim, dim, out_gain)
+
+    def init_state(self, batch_size: int) -> KVCache:
+        """An empty cache."""
+        slots = (batch_size, self.capacity)
+        # Keys are stored as wide as the weights they came from, bfloat16 compute included.
+        empty = jnp.zeros((*slots, self.heads, self.dim // self.heads), self.wk[...].dtype)
+        return KVCache(empty, empty, jnp.zeros(slots, bool), jnp.zeros(batch_size, jnp.int32))
+
+    def __call__(
+        self, r_BTD: jax.Array, cache: KVCache, *, phase: int | None, mask_BT: jax.Array | None
+    ) -> tuple[KVCache, jax.Array]:
+        """Attend to the cache and, causally, to `r_BTD`.
+
+        Args:
+          r_BTD: normalised input.
+          cache: the past.
+          phase: number of tokens in the cache when it is known while tracing: then only those slots are read.
+          mask_BT: False at padding, which neither attends nor is attended to.
+
+        Returns:
+          The cache with these tokens and `y_BTD`. A row that overflows the cache, or whose cache does not
+          hold `phase` tokens, is NaN: neither can be refused while tracing, and neither may pass unseen.
+        """
+        B, T, _ = r_BTD.shape
+        self._check_length(T, phase)
+        mask_BT = jnp.ones((B, T), bool) if mask_BT is None else mask_BT
+        position_BT = cache.position_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        q_BTHK, k_BTHK, v_BTHK = (self._heads(matmul(r_BTD, w)) for w in (self.wq, self.wk, self.wv))
+        q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta) for a in (q_BTHK, k_BTHK))
+
+        cache, seen, usable_B = _write(cache, k_BTHK, v_BTHK, mask_BT, phase)
+        slot = jnp.arange(seen.key_BSHK.shape[1], dtype=jnp.int32)
+        allowed_BTS = (slot[None, None, :] <= position_BT[:, :, None]) & seen.valid_BS[:, None, :]
+        y_BTHK = jax.nn.dot_product_attention(
+            q_BTHK,
+            seen.key_BSHK.astype(q_BTHK.dtype),
+            seen.value_BSHK.astype(q_BTHK.dtype),
+            mask=allowed_BTS[:, None],
+        )
+        y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(r_BTD.shape), 0)
+        return cache, matmul(jnp.where(usable_B[:, None, None], y_BTD, jnp.nan), self.wo)
+
+    def _heads(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD.reshape(*x_BTD.shape[:2], self.heads, -1)
+
+    def _check_length(self, length: int, phase: int | None) -> None:
+        if (phase or 0) + length > self.capacity:
+            raise ValueError(
+                f"{(phase or 0) + length} tokens do not fit the attention cache of {self.capacity}; "
+                f"raise max_length in the model config or shorten the input"
+            )
+
+
+def _write(
+    cache: KVCache, k_BTHK: jax.Array, v_BTHK: jax.Array, mask_BT: jax.Array, phase: int | None
+) -> tuple[KVCache, KVCache, jax.Array]:
+    """Put new tokens into the cache.
+
+    Returns:
+      The new cache, the slots a query may look at (`seen`) and which rows are usable.
+    """
+    B, T = mask_BT.shape
+    end_B = cache.position_B + T
+    if phase is None:
+        rows = jnp.arange(B)[:, None]
+        index = (rows, cache.position_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :])
+    else:
+        index = (slice(None), slice(phase, phase + T))
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[index].set(new.astype(old.dtype), mode="drop")
+
+    def join(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.concatenate([old[:, :phase], new.astype(old.dtype)], axis=1)
+
+    def each(write: Callable[[jax.Array, jax.Array], jax.Array]) -> KVCache:
+        key, value = write(cache.key_BSHK, k_BTHK), write(cache.value_BSHK, v_BTHK)
+        return KVCache(key, value, write(cache.valid_BS, mask_BT), end_B)
+
+    stored = each(put)
+    if phase is None:
+        return stored, stored, end_B <= stored.key_BSHK.shape[1]
+    # A known phase reads the written slots alone: training never touches the empty capacity.
+    return stored, each(join), cache.position_B == phase

@@ -1,0 +1,25 @@
+"""From a config to a model."""
+
+from .config import ModelConfig
+from .lm import LM, skeleton
+
+
+def build_lm(config: ModelConfig) -> LM:
+    """The language model that a config describes.
+
+    Args:
+      config: a `ModelConfig`.
+
+    Returns:
+      `LM(init, init_state, apply, reset)`, pure functions over nested dicts (see `LM`).
+
+    Example:
+      >>> import jax
+      >>> lm = build_lm(ModelConfig(name="transformer", dim=16, layers=1))
+      >>> params = lm.init(jax.random.key(0))
+      >>> tokens = jax.numpy.zeros((1, 8), int)
+      >>> state, logits = lm.apply(params, lm.init_state(params, 1), tokens, phase=0)
+      >>> logits.shape
+      (1, 8, 256)
+    """
+    return skeleton(config)

@@ -1,0 +1,218 @@
+"""One frozen description of a language model; every field is checked when it is made."""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+NAMES = ("hope", "hope_attention", "transformer")
+READS = ("start", "before")
+MLP_RULES = ("input", "layerwise")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and switches of a language model; the defaults are the "tiny" column of spec 8.3.
+
+    Attributes:
+      name: "hope" (self-modifying Titans, then CMS), "hope_attention" (softmax attention, then CMS) or
+        "transformer" (softmax attention, then SwiGLU).
+      vocab_size: number of tokens.
+      dim: width D of the residual stream.
+      layers: number of blocks.
+      heads: heads of the self-modifying layer or of attention; must divide `dim`.
+      memory_hidden: hidden width F of each self-modifying box.
+      chunk_proj: tokens per write of the boxes that make k, v and the gates; it divides `chunk_mem` or the
+        reverse.
+      chunk_mem: tokens per write of the main memory.
+      read: "start" reads the weights of the chunk start, "before" the running ones (spec 7.3).
+      momentum: decay of the write momentum, "gate" for one made from the token, None for no momentum.
+      retention: writes forget by a gate alpha (False: alpha = 1).
+      dgd_decay: writes erase along their own key (delta gradient descent; False: plain descent).
+      exact: step size eta / (1 + eta |k|^2) rather than eta (spec 3.1).
+      mlp_rule: "input" erases in the first matrix of a box only, "layerwise" in both (spec S7.6, S7.7).
+      adaptive_q: queries come from a written box too.
+      conv_window: causal convolution after q, k, v; 0 = none.
+      eta_init: inner step size at the start of training.
+      out_gate: gate the self-modifying output by silu(r @ w_gate).
+      cms_hidden: hidden width of each CMS level, fast first.
+      cms_chunks: chunk sizes in tokens of the FAST levels, which are the first `len(cms_chunks)` levels and
+        adapt inside the sequence; () = every level is an ordinary parameter. Each size divides the next.
+      cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.
+      bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
+      mlp_hidden: hidden width of the transformer's SwiGLU; None = 8/3 dim, to the next multiple of 8.
+      max_length: tokens the attention cache holds.
+      rope_theta: base of the rotary wavelengths.
+      tie_embeddings: the head reuses the embedding.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters and states stay float32.
+      remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products).
+
+    Example:
+      >>> ModelConfig(name="transformer", dim=96, heads=3).mlp_width
+      256
+    """
+
+    name: Literal["hope", "hope_attention", "transformer"] = "hope"
+    vocab_size: int = 256
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    memory_hidden: int = 32
+    chunk_proj: int = 4
+    chunk_mem: int = 4
+    read: Literal["start", "before"] = "start"
+    momentum: float | Literal["gate"] | None = 0.9
+    retention: bool = True
+    dgd_decay: bool = True
+    exact: bool = True
+    mlp_rule: Literal["input", "layerwise"] = "input"
+    adaptive_q: bool = False
+    conv_window: int = 4
+    eta_init: float = 0.02
+    out_gate: bool = True
+    cms_hidden: tuple[int, ...] = (128, 128)
+    cms_chunks: tuple[int, ...] = ()
+    cms_eta: float = 0.1
+    bptt_chunks: tuple[int | None, ...] = ()
+    mlp_hidden: int | None = None
+    max_length: int = 2048
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+
+    def __post_init__(self) -> None:
+        for field in ("cms_hidden", "cms_chunks", "bptt_chunks"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
+        for field, choices in _CHOICES.items():
+            _require(
+                getattr(self, field) in choices,
+                f"{field} must be one of {choices}; got {getattr(self, field)!r}",
+            )
+        _check_sizes(self)
+        _check_memories(self)
+        _check_fast_levels(self)
+
+    @property
+    def head_width(self) -> int:
+        """Channels per head, K."""
+        return self.dim // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the transformer's MLP."""
+        return self.mlp_hidden if self.mlp_hidden is not None else -(-8 * self.dim // 3 // 8) * 8
+
+    @property
+    def branches(self) -> int:
+        """Residual branches in the whole model: output matrices start smaller by the root of this."""
+        return self.layers * (2 if self.name == "transformer" else 1 + len(self.cms_hidden))
+
+
+def check_sequence_length(config: ModelConfig, length: int) -> None:
+    """Refuse a training sequence in which some fast level would never write (spec 6.4).
+
+    Raises:
+      ValueError: `length` is shorter than the slowest fast level's chunk.
+    """
+    slowest = max(config.cms_chunks, default=0)
+    _require(
+        length >= slowest,
+        f"sequences of {length} tokens never write the CMS level with a chunk of {slowest}; train on {slowest} "
+        f"tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
+    )
+
+
+_CHOICES = {"name": NAMES, "read": READS, "mlp_rule": MLP_RULES, "dtype": DTYPES, "remat": REMATS}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for field in (
+        "vocab_size",
+        "dim",
+        "layers",
+        "heads",
+        "memory_hidden",
+        "chunk_proj",
+        "chunk_mem",
+        "max_length",
+    ):
+        _require_positive(field, getattr(config, field))
+    for field in ("cms_hidden", "cms_chunks"):
+        for value in getattr(config, field):
+            _require_positive(f"each entry of {field}", value)
+    if config.mlp_hidden is not None:
+        _require_positive("mlp_hidden", config.mlp_hidden)
+    _require(
+        config.dim % config.heads == 0,
+        f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
+    )
+    _require(
+        config.name == "hope" or config.head_width % 2 == 0,
+        f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
+        f"heads={config.heads}",
+    )
+    _require(
+        config.name == "transformer" or len(config.cms_hidden) > 0,
+        "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
+    )
+    _require(config.rope_theta > 0, f"rope_theta must be positive; got {config.rope_theta}")
+
+
+def _check_memories(config: ModelConfig) -> None:
+    momentum = config.momentum
+    _require(
+        momentum is None or momentum == "gate" or (_is_number(momentum) and 0 <= momentum < 1),
+        f"momentum must be None, 'gate' or a number in [0, 1); got {momentum!r}",
+    )
+    _require(
+        isinstance(config.conv_window, int) and config.conv_window >= 0,
+        f"conv_window must be 0 (none) or a number of tokens; got {config.conv_window!r}",
+    )
+    _require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
+    fast, slow = sorted((config.chunk_proj, config.chunk_mem))
+    _require(
+        slow % fast == 0,
+        f"one of chunk_proj, chunk_mem must divide the other; got {config.chunk_proj} and {config.chunk_mem}",
+    )
+
+
+def _check_fast_levels(config: ModelConfig) -> None:
+    chunks = config.cms_chunks
+    _require(
+        not chunks or config.name != "transformer",
+        f"the transformer has no CMS levels; leave cms_chunks empty (got {chunks}) or use 'hope_attention'",
+    )
+    _require(
+        len(chunks) <= len(config.cms_hidden),
+        f"cms_chunks {chunks} has more entries than cms_hidden {config.cms_hidden}; give each level a width",
+    )
+    _require(
+        all(slow % fast == 0 for fast, slow in itertools.pairwise(chunks)),
+        f"chunk sizes must divide, fastest first; got cms_chunks={list(chunks)}",
+    )
+    _require(config.cms_eta >= 0, f"cms_eta must not be negative; got {config.cms_eta}")
+    _require(
+        len(config.bptt_chunks) <= len(chunks),
+        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, cms_chunks={chunks}",
+    )
+    for value in config.bptt_chunks:
+        if value is not None:
+            _require_positive("each entry of bptt_chunks that is not None", value)
+
+
+def _require_positive(field: str, value: object) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{field} must be a positive integer; got {value!r}",
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

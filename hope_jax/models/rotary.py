@@ -1,0 +1,28 @@
+"""Rotary positions: pairs of channels turned by an angle that grows with the position."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+    """Turn channel pairs `(i, i + K/2)` by `position * theta^(-2i/K)`; angles in at least float32.
+
+    Args:
+      x_BTHK: queries or keys, K even.
+      position_BT: integer positions, B may be 1.
+      theta: the longest wavelength is about `2 pi theta` tokens.
+
+    Returns:
+      Array of x's shape and dtype. Products of rotated queries and keys depend on position differences only
+      (RoFormer, arXiv:2104.09864).
+    """
+    half = x_BTHK.shape[-1] // 2
+    wide = jnp.promote_types(x_BTHK.dtype, jnp.float32)
+    frequency = jnp.asarray(theta, wide) ** (-jnp.arange(half, dtype=wide) / half)
+    angle = jnp.einsum("bt,k->btk", position_BT.astype(wide), frequency)[:, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x_BTHK[..., :half].astype(wide), x_BTHK[..., half:].astype(wide)
+    shape = (*x_BTHK.shape[:-1], half)
+    cos, sin = (jnp.broadcast_to(a, shape) for a in (cos, sin))
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
