@@ -1,6 +1,7 @@
 """From a config to a model."""
 
 from .config import ModelConfig
+from .fast_levels import with_fast_levels
 from .lm import LM, skeleton
 
 
@@ -22,4 +23,4 @@ def build_lm(config: ModelConfig) -> LM:
       >>> logits.shape
       (1, 8, 256)
     """
-    return skeleton(config)
+    return with_fast_levels(config) if config.cms_chunks else skeleton(config)

@@ -119,7 +119,7 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     slowest = max(config.cms_chunks, default=0)
     _require(
         length >= slowest,
-        f"sequences of {length} tokens never write the CMS level with a chunk of {slowest}; train on {slowest} "
+        f"sequences of {length} tokens never write the CMS level with chunk {slowest}; train on {slowest} "
         f"tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
     )
 
