@@ -1,0 +1,13 @@
+"""Training, evaluating and sampling language models; `hope_jax.cli` is the command line of it.
+
+Each file is one idea:
+
+    corpus  data                the text, and batches of it by (seed, step)
+    config  presets  overrides  what a run is; key=value
+    sharding  optimizer  step   the training step on a mesh
+    checkpoint  metrics  run_dir  progress  interrupt   what is kept and shown
+    loop  versus  command       a run, a comparison, `hope train`
+    evaluate  generate  load    using a run
+
+Nothing is imported here: `hope --help` must not wait for orbax.
+"""

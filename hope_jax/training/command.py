@@ -1,0 +1,117 @@
+"""What `hope train` does around a run: opening line, comparison, sample, and where everything lies."""
+
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from hope_jax.models import count_parameters
+from hope_jax.training.config import TrainConfig
+from hope_jax.training.errors import UserError
+from hope_jax.training.evaluate import describe_compressors
+from hope_jax.training.generate import check_prompt, generate_bytes, text_pieces
+from hope_jax.training.loop import Result, train
+from hope_jax.training.overrides import one_line, unknown
+from hope_jax.training.versus import OTHERS, comparison, opponent, train_opponent
+
+SAMPLE_PROMPT_BYTES = 48
+
+
+def run_training(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    versus: str | None = None,
+    again: str = "hope train ... --resume",
+) -> bool:
+    """Trains, compares and shows.
+
+    Args:
+      config, run_dir, resume, overwrite: see `loop.train`.
+      versus: name of the model to compare with, None for none.
+      again: the command that continues this run, for the message after Ctrl-C.
+    Returns:
+      False if the run was interrupted (and saved).
+    Raises:
+      UserError, RunFailed: see `loop.train`.
+    """
+    if versus is not None:
+        if versus not in OTHERS:
+            raise UserError(unknown("model for --versus", versus, list(OTHERS)))
+        opponent(config)  # refuses before hours of training, not after
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_opening(config), markup=False)
+    ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
+    if ours.interrupted:
+        return _say_interrupted(ours, again)
+    _show_result(ours, console)
+    if versus is not None:
+        theirs = train_opponent(ours, resume=resume, overwrite=overwrite, console=console)
+        if theirs.interrupted:
+            return _say_interrupted(theirs, again)
+        console.print(comparison(ours, theirs))
+    _show_sample(ours, console)
+    console.print(f"wrote {run_dir}: config.yaml, metrics.jsonl, events.*, loss.png, ckpt/", markup=False)
+    return True
+
+
+def _opening(config: TrainConfig) -> str:
+    try:
+        parameters = count_parameters(config.model)
+    except (TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    device = jax.devices()[0].device_kind
+    tokens = config.steps * config.batch_size * config.seq_len
+    return (
+        f"{config.model.name}, {parameters:,} parameters, {config.steps} steps of "
+        f"{config.batch_size} x {config.seq_len} bytes ({tokens / 1e6:.1f} MB) on {device}"
+    )
+
+
+def _say_interrupted(result: Result, again: str) -> bool:
+    step = int(result.state.step)
+    print(
+        f"hope: interrupted; step {step} is saved in {result.run_dir}; continue with: {again}",
+        file=sys.stderr,
+    )
+    return False
+
+
+def _show_result(result: Result, console: Console) -> None:
+    steps = result.config.steps
+    if result.started_at == steps:
+        console.print(
+            f"{result.run_dir} was finished at step {steps}; go on with: --resume steps={2 * steps}",
+            markup=False,
+        )
+    console.print(result.corpus.describe(), markup=False)
+    console.print(
+        f"validation: {result.validation_bpb:.3f} bits per byte after {result.seconds:.0f} s "
+        f"({result.tokens_per_second or 0:,.0f} tokens/s; compressors on the same text: "
+        f"{describe_compressors(result.corpus.validation)})",
+        markup=False,
+    )
+
+
+def _show_sample(result: Result, console: Console) -> None:
+    """Continues the beginning of the validation text."""
+    if not result.config.sample_bytes:
+        return
+    opening = result.corpus.validation[:SAMPLE_PROMPT_BYTES].tobytes()
+    seen = result.corpus.seen_bytes
+    prompt = check_prompt(bytes(value for value in opening if value in seen), seen)
+    values = generate_bytes(
+        result.program.lm,
+        result.state.params,
+        prompt,
+        seen_bytes=seen,
+        max_bytes=result.config.sample_bytes,
+        seed=result.config.seed,
+    )
+    sample = prompt.decode(errors="replace") + "".join(text_pieces(values))
+    console.rule("sample")
+    console.print(sample, markup=False)
+    console.rule()

@@ -1,0 +1,192 @@
+"""The configuration of a run: frozen dataclasses, written to the run directory as YAML and read back.
+
+Presets are in `presets.py`, the parsing of `key=value` in `overrides.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from hope_jax.models import ModelConfig, check_sequence_length
+from hope_jax.training.errors import UserError
+from hope_jax.training.overrides import from_dict, leaves, to_dict
+
+CONFIG_FILE = "config.yaml"
+
+# What may differ between a run and its continuation: how long, how often and on what, but not what is
+# computed.
+FREE_ON_RESUME = (
+    "steps",
+    "eval_every",
+    "eval_batches",
+    "final_eval_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_bytes",
+    "mesh.",
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The number of devices along each mesh axis; one device is 1 x 1 x 1."""
+
+    data: int = 1  # rows of the batch
+    fsdp: int = 1  # rows of the batch, and parameters and optimizer state
+    tensor: int = 1  # heads and hidden widths
+
+    def __post_init__(self):
+        _check_positive(self, "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes.
+
+    >>> TrainConfig(steps=10, warmup_steps=2).steps
+    10
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: str = "embedded"  # or the path of a text file
+    seed: int = 0
+
+    steps: int = 600
+    batch_size: int = 8  # windows per step, over all devices
+    accumulate: int = 1  # microbatches that a step is computed in
+    seq_len: int = 512  # predicted bytes per window
+
+    learning_rate: float = 3e-3  # at the end of the warm-up
+    final_learning_rate: float = 3e-4  # at the end of the cosine
+    warmup_steps: int = 50  # at most half of the schedule
+    decay_steps: int = 0  # length of warm-up and cosine together; 0 means steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # global norm of the gradient
+    cms_periods: tuple[
+        int, ...
+    ] = ()  # level i of the CMS steps every cms_periods[i] steps; () means every step
+
+    eval_every: int = 100
+    eval_batches: int = 8  # of a microbatch each, in evaluations during training
+    final_eval_batches: int = 0  # at the end; 0 reads all of the validation text
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    sample_bytes: int = 300  # of the sample printed at the end
+
+    def __post_init__(self):
+        _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "clip_norm")
+        _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+        _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
+        _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2")
+        check_sequence_length(self.model, self.seq_len)
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
+                "microbatches; make batch_size a multiple of accumulate"
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        if self.microbatch % shards:
+            raise UserError(
+                f"a microbatch of {self.microbatch} windows does not divide over "
+                f"mesh.data * mesh.fsdp = {shards} devices; "
+                f"make batch_size a multiple of {shards * self.accumulate}"
+            )
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError(
+                f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95"
+            )
+        if any(period < 1 for period in self.cms_periods):
+            raise UserError(
+                f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4"
+            )
+
+    @property
+    def schedule_steps(self) -> int:
+        """The length of the learning-rate schedule."""
+        return self.decay_steps or self.steps
+
+    @property
+    def microbatch(self) -> int:
+        """Windows per microbatch."""
+        return self.batch_size // self.accumulate
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name}={value} must be greater than 0")
+
+
+def _check_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"{name}={value} must be 0 or greater")
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    """Writes config.yaml."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
+    (run_dir / CONFIG_FILE).write_text(text)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """Reads config.yaml of a run.
+
+    Raises:
+      UserError: there is no run, or its config is not one that this version can read.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        raise UserError(
+            f"{run_dir} is not a run directory (no {CONFIG_FILE}); train one with: hope train tiny"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML; restore it or train a new run") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not readable YAML; restore it or train a new run")
+    return from_dict(TrainConfig(), values)
+
+
+def config_hash(config: TrainConfig) -> str:
+    """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
+    values = {key: value for key, value in leaves(config).items() if not key.startswith(FREE_ON_RESUME)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """The keys that keep a run from being continued, as "key: theirs there, ours here"."""
+    mine, other = leaves(ours), leaves(theirs)
+    return [
+        f"{key}: {other[key]} there, {mine[key]} here"
+        for key in mine
+        if mine[key] != other[key] and not key.startswith(FREE_ON_RESUME)
+    ]
+
+
+def continue_config(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The config to resume a run with: its schedule, and what `FREE_ON_RESUME` lets `config` change.
+
+    Raises:
+      UserError: the run directory belongs to another config; the message names the keys.
+    """
+    previous = read_config(run_dir)
+    wanted = config if config.decay_steps else dataclasses.replace(config, decay_steps=previous.decay_steps)
+    different = differences(wanted, previous)
+    if different:
+        raise UserError(
+            f"{run_dir} belongs to another config ({'; '.join(different)}); "
+            "give the same config, or another directory with --run DIR"
+        )
+    return wanted

@@ -1,0 +1,9 @@
+"""The exceptions that a user, not a programmer, reads: one line with the remedy, never a traceback."""
+
+
+class UserError(ValueError):
+    """A mistake of the user: the message names the offending value and says what to do. Exit status 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on: the message says where it stopped and what is saved. Exit status 1."""

@@ -1,0 +1,76 @@
+"""Bits per byte: of a model on held-out text, and of general-purpose compressors on the same text."""
+
+import gzip
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hope_jax.training.config import TrainConfig
+from hope_jax.training.data import eval_batches
+from hope_jax.training.step import Program, bits
+
+
+def evaluate(
+    program: Program, params: Any, data: np.ndarray, config: TrainConfig, limit: int | None = None
+) -> float:
+    """Bits per byte of a text under a model, each window starting with an empty memory.
+
+    Args:
+      program: the compiled functions.
+      params: the parameters.
+      data: [bytes] uint8.
+      config: window length and batch.
+      limit: at most this many batches, evenly spaced; None reads everything.
+    Returns:
+      Mean of -log2 p(byte) over the bytes that are predicted.
+    """
+    nats = count = 0.0
+    for batch in eval_batches(data, batch=config.microbatch, length=config.seq_len, limit=limit):
+        tokens, weights = program.put_batch(batch.tokens), program.put_batch(batch.weights)
+        batch_nats, batch_count = program.eval_step(params, tokens, weights)
+        nats, count = nats + float(batch_nats), count + float(batch_count)
+    return bits(nats / count)
+
+
+def compressed_bits(data: np.ndarray) -> dict[str, float]:
+    """Bits per byte of gzip and xz at their strongest, on this text alone.
+
+    >>> compressed_bits(np.zeros(10_000, np.uint8))["gzip"] < 0.1
+    True
+    """
+    raw = data.tobytes()
+    sizes = {
+        "gzip": len(gzip.compress(raw, 9)),
+        "xz": len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    return {name: 8 * size / len(raw) for name, size in sizes.items()}
+
+
+def describe_compressors(data: np.ndarray) -> str:
+    """One line with `compressed_bits`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in compressed_bits(data).items())
+
+
+def eval_file(run_dir: Path, path: Path) -> str:
+    """What `hope eval` prints: bits per byte of a text file under the latest checkpoint of a run.
+
+    Raises:
+      UserError: no such run, or the file is missing, empty or binary.
+    """
+    from hope_jax.training.corpus import read_text
+    from hope_jax.training.load import load_run
+    from hope_jax.training.run_dir import read_seen_bytes
+
+    data = np.frombuffer(read_text(path), np.uint8)
+    run = load_run(run_dir)
+    bpb = evaluate(run.program, run.state.params, data, run.config)
+    line = (
+        f"{path}: {bpb:.3f} bits per byte over {data.size - 1:,} bytes, in windows of {run.config.seq_len} "
+        f"({run_dir} at step {int(run.state.step)}; {describe_compressors(data)})"
+    )
+    unseen = int((~np.isin(data, read_seen_bytes(run_dir))).sum())
+    return line + (
+        f"\nnote: {unseen:,} of the bytes have values that never occurred in training" if unseen else ""
+    )

@@ -1,0 +1,155 @@
+"""Text from a trained model: the prompt in one parallel pass, then one compiled step per byte."""
+
+import codecs
+import functools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax.models import ModelConfig
+from hope_jax.training.errors import UserError
+
+SHOWN_UNSEEN = 8
+
+
+def generate_bytes(
+    lm: Any,
+    params: Any,
+    prompt: bytes,
+    *,
+    seen_bytes: list[int],
+    max_bytes: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Streams a continuation.
+
+    Args:
+      lm: the model's functions.
+      params: its parameters.
+      prompt: at least one byte.
+      seen_bytes: values that occurred in training; no other is ever produced.
+      max_bytes: how many to produce.
+      temperature: of the distribution; 0 takes the most likely byte.
+      top_k: only the k most likely bytes; 0 takes all.
+      seed: of the sampling.
+    Yields:
+      Byte values.
+    """
+    allowed_V = np.isin(np.arange(256), seen_bytes)
+    state, logits_V = _prefill(lm, params, np.frombuffer(prompt, np.uint8)[None])
+    choose = functools.partial(_choose, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, token, key):
+        state, logits_BTV = lm.apply(params, state, token[None, None], phase=None)
+        return state, choose(logits_BTV[0, -1], key)
+
+    root = jax.random.key(seed)
+    token = choose(logits_V, jax.random.fold_in(root, 0))
+    for i in range(max_bytes):
+        yield int(token)
+        if i + 1 < max_bytes:
+            state, token = step(state, token, jax.random.fold_in(root, i + 1))
+
+
+def _prefill(lm: Any, params: Any, tokens_BT: np.ndarray) -> tuple[Any, jax.Array]:
+    """State after the prompt and logits of the next byte."""
+
+    @jax.jit
+    def prefill(tokens_BT):
+        state, logits_BTV = lm.apply(params, lm.init_state(params, 1), tokens_BT.astype(jnp.int32), phase=0)
+        return state, logits_BTV[0, -1]
+
+    return prefill(tokens_BT)
+
+
+def _choose(
+    logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int
+) -> jax.Array:
+    logits_V = jnp.where(allowed_V, logits_V.astype(jnp.float32), -jnp.inf)
+    if top_k:
+        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, 256))[0][-1], -jnp.inf, logits_V)
+    if temperature == 0:
+        return logits_V.argmax().astype(jnp.int32)
+    return jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
+
+
+def text_pieces(values: Iterable[int]) -> Iterator[str]:
+    """Bytes as text as soon as a character is complete; what is not UTF-8 becomes the replacement character.
+
+    >>> list(text_pieces("aé".encode())) == ["a", "", "é", ""]
+    True
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for value in values:
+        yield decoder.decode(bytes([value]))
+    yield decoder.decode(b"", final=True)
+
+
+def check_prompt(prompt: bytes, seen_bytes: list[int]) -> bytes:
+    """The prompt, or a newline for an empty one.
+
+    Raises:
+      UserError: it holds bytes that never occurred in training, which the model knows nothing about.
+    """
+    unseen = sorted(set(prompt).difference(seen_bytes))
+    if unseen:
+        names = ", ".join(f"0x{value:02X}" for value in unseen[:SHOWN_UNSEEN])
+        more = f" and {len(unseen) - SHOWN_UNSEEN} more" if len(unseen) > SHOWN_UNSEEN else ""
+        raise UserError(
+            f"the prompt holds bytes that the model never saw in training: {names}{more}; "
+            "leave them out, or train on text that has them with data=FILE"
+        )
+    return prompt or (b"\n" if 10 in seen_bytes else bytes(seen_bytes[:1]))
+
+
+def check_length(model: ModelConfig, total: int) -> None:
+    """Refuses a text that is longer than the attention cache; a recurrent memory has no such limit."""
+    if model.name != "hope" and total > model.max_length:
+        raise UserError(
+            f"prompt and continuation are {total} bytes but the attention cache holds {model.max_length}; "
+            "lower --max-bytes or shorten the prompt"
+        )
+
+
+def generate_text(
+    run_dir: Path, prompt: str, *, max_bytes: int, temperature: float, top_k: int, seed: int
+) -> Iterator[str]:
+    """What `hope generate` prints, in pieces: the prompt, then the continuation as it is made.
+
+    Raises:
+      UserError: no such run, a prompt with unseen bytes, a text too long for attention, or a value out of
+        range.
+    """
+    from hope_jax.training.load import load_run
+    from hope_jax.training.run_dir import read_seen_bytes
+
+    for name, value, least in (
+        ("max-bytes", max_bytes, 1),
+        ("temperature", temperature, 0),
+        ("top-k", top_k, 0),
+    ):
+        if not value >= least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    seen_bytes = read_seen_bytes(run_dir)
+    checked = check_prompt(prompt.encode("utf-8", "surrogateescape"), seen_bytes)
+    run = load_run(run_dir)
+    check_length(run.config.model, len(checked) + max_bytes)
+    values = generate_bytes(
+        run.program.lm,
+        run.state.params,
+        checked,
+        seen_bytes=seen_bytes,
+        max_bytes=max_bytes,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+    yield prompt
+    yield from text_pieces(values)

@@ -1,0 +1,209 @@
+"""The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from rich.console import Console
+
+from hope_jax.training.checkpoint import Checkpoints
+from hope_jax.training.config import TrainConfig, config_hash
+from hope_jax.training.corpus import Corpus, load_corpus
+from hope_jax.training.data import TrainBatches
+from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.evaluate import evaluate
+from hope_jax.training.interrupt import Interruption
+from hope_jax.training.metrics import MetricsWriter, plot_loss, read_metrics
+from hope_jax.training.progress import Display
+from hope_jax.training.run_dir import LOSS_PLOT, claim, resolve
+from hope_jax.training.step import Metrics, Program, TrainState, bits, build_program
+
+
+class Result(NamedTuple):
+    """What a run came to."""
+
+    run_dir: Path
+    config: TrainConfig
+    program: Program
+    corpus: Corpus
+    state: TrainState
+    started_at: int  # the step this call began with; config.steps when there was nothing left to do
+    interrupted: bool
+    validation_bpb: float | None  # of the whole validation text; None when interrupted
+    tokens_per_second: float | None  # of training steps alone: no compilation, evaluation or saving
+    seconds: float  # everything, compilation included
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+
+
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Trains a model, or continues its training.
+
+    Args:
+      config: what to train; `steps` is the step to stop at, counted from the beginning of the run.
+      run_dir: where the run lies (see `run_dir.py`).
+      resume: continue from the latest checkpoint. The steps that follow are those of an uninterrupted run,
+        bit for bit.
+      overwrite: remove a run that is already there.
+      console: where to print; None prints nothing.
+    Returns:
+      A `Result`. After Ctrl-C the state is saved and `interrupted` is True.
+    Raises:
+      UserError: the config, the data or the run directory cannot be used.
+      RunFailed: loss or gradient became infinite or not a number; the message names the last good checkpoint.
+    """
+    began = time.perf_counter()
+    console = console or Console(quiet=True)
+    corpus = load_corpus(config.data)
+    batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
+    config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
+    program = build_program(config)
+    claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+        state = _start(program, checkpoints)
+        start = int(state.step)
+        if start > config.steps:
+            raise UserError(f"{run_dir} is at step {start}, beyond steps={config.steps}; give a larger steps")
+        label = config.model.name
+        with MetricsWriter(run_dir, start) as writer, Display(console, label, config.steps, start) as display:
+            run = _Run(config, program, corpus, checkpoints, writer, display, start)
+            state = run.steps(state, batches, lambda: interruption.requested)
+            interrupted = int(state.step) < config.steps
+            validation_bpb = None if interrupted else run.evaluate(state, config.final_eval_batches)
+    plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
+    speed = run.speed or _recorded_speed(run_dir)
+    seconds = time.perf_counter() - began
+    return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, seconds)
+
+
+def _start(program: Program, checkpoints: Checkpoints) -> TrainState:
+    if checkpoints.latest_step() is None:
+        return program.init()
+    return checkpoints.restore(program.abstract_state)[0]
+
+
+def _recorded_speed(run_dir: Path) -> float | None:
+    speeds = [
+        record["tokens_per_second"] for record in read_metrics(run_dir) if record.get("tokens_per_second")
+    ]
+    return speeds[-1] if speeds else None
+
+
+class _Run:
+    """The steps of one call of `train`: what is sent to the device, and what is read back one step later."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        program: Program,
+        corpus: Corpus,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        display: Display,
+        start: int,
+    ):
+        self.config, self.program, self.corpus = config, program, corpus
+        self.checkpoints, self.writer, self.display = checkpoints, writer, display
+        self.start = start
+        self._timed_steps, self._timed_seconds = 0, 0.0
+
+    @property
+    def speed(self) -> float | None:
+        """Bytes per second of training steps, None before the second step."""
+        tokens = self._timed_steps * self.config.batch_size * self.config.seq_len
+        return tokens / self._timed_seconds if self._timed_steps else None
+
+    def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
+        """Runs to the end or until `stop()`; the state it returns is saved."""
+        config = self.config
+        step = int(state.step)
+        sent: Metrics | None = None  # of the step that the device is working on
+        clock = None  # None: the next step includes compilation or follows a pause
+        while step < config.steps and not stop():
+            state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
+            # The host waits for the previous step only: the device already has this one.
+            if sent is not None:
+                self._read(step, sent)
+            sent, step = metrics, step + 1
+            now = time.perf_counter()
+            if clock is not None:
+                self._timed_steps, self._timed_seconds = (
+                    self._timed_steps + 1,
+                    self._timed_seconds + now - clock,
+                )
+            clock = now
+            if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
+                self._read(step, metrics)
+                sent = clock = None
+                self._pause(state, step)
+        if sent is not None:
+            self._read(step, sent)
+        self._save(state)
+        return state
+
+    def _pause(self, state: TrainState, step: int) -> None:
+        config = self.config
+        if step % config.checkpoint_every == 0:
+            self._save(state)
+        if step % config.eval_every == 0 and step < config.steps:
+            bpb = self.evaluate(state, config.eval_batches)
+            self.display.print(f"step {step}: validation {bpb:.3f} bits per byte")
+
+    def evaluate(self, state: TrainState, batches: int) -> float:
+        """Validation bits per byte, written down if it is news; 0 batches read everything."""
+        bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
+        if int(state.step) > self.start:
+            self.writer.write(int(state.step), validation_bits_per_byte=bpb)
+        return bpb
+
+    def _read(self, step: int, metrics: Metrics) -> None:
+        """Waits for a step, stops the run if its numbers are not finite, and writes them down."""
+        loss, grad_norm, learning_rate = (float(value) for value in metrics)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise RunFailed(self._describe_failure(step, loss, grad_norm))
+        speed = self.speed or 0.0
+        self.writer.write(
+            step,
+            loss=loss,
+            bits_per_byte=bits(loss),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens_per_second=speed,
+        )
+        self.display.update(step, loss, bits(loss), speed)
+
+    def _describe_failure(self, step: int, loss: float, grad_norm: float) -> str:
+        good = self.checkpoints.latest_step()
+        saved = "no checkpoint was saved before it"
+        if good is not None:
+            saved = f"the last good checkpoint is step {good} in {self.checkpoints.directory / str(good)}"
+        return (
+            f"step {step} gave loss {loss}, gradient norm {grad_norm}; {saved}; "
+            f"try a smaller learning_rate (now {self.config.learning_rate:g}) or clip_norm"
+        )
+
+    def _save(self, state: TrainState) -> None:
+        meta: dict[str, Any] = {
+            "data_step": int(
+                state.step
+            ),  # the position of data and random numbers: both follow from (seed, step)
+            "seed": self.config.seed,
+            "config_hash": config_hash(self.config),
+            "corpus_sha256": self.corpus.sha256,
+            "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        }
+        self.checkpoints.save(state, meta)

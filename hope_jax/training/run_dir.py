@@ -1,0 +1,125 @@
+"""The run directory: whose it is, what it holds, and the text it was trained on.
+
+RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  ckpt/<step>/{state, meta}
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from hope_jax.training.checkpoint import CHECKPOINTS
+from hope_jax.training.config import (
+    CONFIG_FILE,
+    TrainConfig,
+    continue_config,
+    differences,
+    read_config,
+    write_config,
+)
+from hope_jax.training.corpus import Corpus
+from hope_jax.training.errors import UserError
+from hope_jax.training.metrics import METRICS_FILE
+
+CORPUS_FILE = "corpus.json"
+LOSS_PLOT = "loss.png"
+VERSUS = "versus"  # the run of the other model lies below the run it is compared with
+
+
+def resolve(
+    config: TrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False
+) -> TrainConfig:
+    """Checks that a run directory may be used for a config; writes nothing.
+
+    Args:
+      config: the wanted config.
+      run_dir: where; a fresh run needs a directory without a run in it.
+      resume: continue the run that is there.
+      overwrite: the run that is there may be replaced.
+    Returns:
+      The config to use: with the length of the schedule made explicit, so that a continuation keeps it.
+    Raises:
+      UserError: there is a run and neither is asked for, there is none to resume, or it has another config.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file, not a directory; give another place with --run DIR")
+    taken = (run_dir / CONFIG_FILE).exists()
+    if resume and not taken:
+        raise UserError(f"nothing to resume: {run_dir} holds no run; leave out --resume to start one")
+    if resume:
+        config = continue_config(config, run_dir)
+    elif taken and not overwrite:
+        raise UserError(_taken(config, run_dir))
+    return dataclasses.replace(config, decay_steps=config.schedule_steps)
+
+
+def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool = False) -> None:
+    """Makes the directory and writes config.yaml and corpus.json, after removing the run that is replaced.
+
+    Raises:
+      UserError: the run that is continued was trained on other text, or the directory cannot be written.
+    """
+    if overwrite:
+        remove_run(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_corpus_facts(corpus, run_dir)
+        write_config(config, run_dir)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR"
+        ) from error
+
+
+def _taken(config: TrainConfig, run_dir: Path) -> str:
+    previous = read_config(run_dir)
+    wanted = config if config.decay_steps else dataclasses.replace(config, decay_steps=previous.decay_steps)
+    different = differences(wanted, previous)
+    if different:
+        return (
+            f"{run_dir} belongs to another config ({'; '.join(different)}); "
+            "give another place with --run DIR, or --overwrite to replace that run"
+        )
+    return f"{run_dir} already holds this run; continue it with --resume, or replace it with --overwrite"
+
+
+def remove_run(run_dir: Path) -> None:
+    """Removes what a run wrote, and nothing else that lies in the directory."""
+    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, LOSS_PLOT):
+        (run_dir / name).unlink(missing_ok=True)
+    for events in run_dir.glob("events.out.tfevents.*"):
+        events.unlink()
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    for other in (run_dir / VERSUS).glob("*"):
+        remove_run(other)
+
+
+def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
+    """Writes corpus.json: sizes, fingerprint and the byte values seen in training.
+
+    Raises:
+      UserError: the run was trained on other text.
+    """
+    path = run_dir / CORPUS_FILE
+    facts = {
+        "name": corpus.name,
+        "train_bytes": corpus.train.size,
+        "validation_bytes": corpus.validation.size,
+        "sha256": corpus.sha256,
+        "seen_bytes": corpus.seen_bytes,
+    }
+    if path.exists() and json.loads(path.read_text())["sha256"] != facts["sha256"]:
+        raise UserError(
+            f"the text of {run_dir} has changed since it was trained on ({corpus.name}); "
+            "give it the same text (the embedded corpus needs the same Python version), or start another run"
+        )
+    path.write_text(json.dumps(facts) + "\n")
+
+
+def read_seen_bytes(run_dir: Path) -> list[int]:
+    """The byte values that occurred in the training text of a run."""
+    read_config(run_dir)  # says so when there is no run at all
+    path = run_dir / CORPUS_FILE
+    if not path.exists():
+        raise UserError(f"{run_dir} holds no {CORPUS_FILE}; it is not a complete run, train it again")
+    return json.loads(path.read_text())["seen_bytes"]

@@ -1,0 +1,91 @@
+"""Which axis of which array lies on which axis of the mesh: one ordered table, first match wins.
+
+A rule is a regular expression searched in the path of a leaf ("layers/attention/query/kernel") and a
+PartitionSpec for its LAST dimensions: layers are stacked on a leading axis, which is never divided. The
+optimizer's moments sit under the same path suffix as their parameter, so the same table serves the whole
+training state.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hope_jax.training.config import MeshConfig
+from hope_jax.training.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(^|/)embedding$", P("tensor", "fsdp")),
+    (r"/mixer/w[qkv]$", P("fsdp", "tensor")),  # heads over tensor
+    (r"/mixer/wo$", P("tensor", "fsdp")),
+    (r"/mlp/w_(gate|up)$", P("fsdp", "tensor")),  # hidden width over tensor
+    (r"/mlp/w_down$", P("tensor", "fsdp")),
+    (r"/cms/level_\d+/w2$", P("fsdp", "tensor")),
+    (r"/cms/level_\d+/w1$", P("tensor", "fsdp")),
+    (r".*", P()),
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a run, over the first devices.
+
+    Axis type Auto on purpose: the compiler places the activations, we place inputs, parameters and state.
+
+    Raises:
+      UserError: there are fewer devices than the mesh needs.
+    """
+    shape = (config.data, config.fsdp, config.tensor)
+    needed, devices = math.prod(shape), jax.devices()
+    if needed > len(devices):
+        raise UserError(
+            f"mesh.data={config.data} mesh.fsdp={config.fsdp} mesh.tensor={config.tensor} needs {needed} "
+            f"devices, {len(devices)} visible; make the mesh smaller "
+            f"(on a CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual devices)"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """("layers", 0, "kernel") as "layers/0/kernel"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> P:
+    """The PartitionSpec of one leaf.
+
+    Args:
+      path: "/"-joined keys.
+      shape: of the leaf; an axis that the mesh axis does not divide is left whole.
+      mesh: the mesh.
+      rules: (pattern, spec for the last dimensions), first match wins.
+    Returns:
+      A PartitionSpec of as many entries as the leaf has dimensions.
+
+    >>> mesh = make_mesh(MeshConfig())
+    >>> spec_for("layers/mlp/up", (4, 32, 64), mesh, [("mlp/up$", P("fsdp", "tensor"))])
+    PartitionSpec(None, 'fsdp', 'tensor')
+    """
+    spec = next(spec for pattern, spec in rules if re.search(pattern, path))
+    if len(spec) > len(shape):
+        return P()
+    aligned = (None,) * (len(shape) - len(spec)) + tuple(spec)
+    return P(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(aligned, shape, strict=True)
+        )
+    )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A tree of NamedSharding for a tree of arrays (or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_for(path_string(path), leaf.shape, mesh)), tree
+    )

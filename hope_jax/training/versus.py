@@ -1,0 +1,78 @@
+"""A model against a parameter-matched Transformer, on the same bytes in the same order."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from hope_jax.models import count_parameters, match_parameters
+from hope_jax.training.config import TrainConfig
+from hope_jax.training.errors import UserError
+from hope_jax.training.loop import Result, train
+from hope_jax.training.metrics import plot_loss
+from hope_jax.training.overrides import one_line
+from hope_jax.training.progress import table
+from hope_jax.training.run_dir import LOSS_PLOT, VERSUS
+
+OTHERS = ("transformer",)
+
+
+def opponent(config: TrainConfig) -> TrainConfig:
+    """The same run with a Transformer of as many parameters (within 1%).
+
+    Raises:
+      UserError: the run is a Transformer's already, or no width matches.
+    """
+    if config.model.name == "transformer":
+        raise UserError(
+            "--versus transformer compares another model with a Transformer; choose one with model=hope"
+        )
+    model = dataclasses.replace(
+        config.model,
+        name="transformer",
+        cms_chunks=(),
+        bptt_chunks=(),
+        max_length=max(config.model.max_length, config.seq_len),
+    )
+    try:
+        model = match_parameters(model, count_parameters(config.model))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    return dataclasses.replace(config, model=model, cms_periods=())
+
+
+def train_opponent(ours: Result, *, resume: bool, overwrite: bool, console: Console) -> Result:
+    """Trains the Transformer below the run it is compared with, and draws both into that run's loss.png."""
+    run_dir = opponent_dir(ours.run_dir)
+    resume = resume and run_dir.exists()
+    theirs = train(opponent(ours.config), run_dir, resume=resume, overwrite=overwrite, console=console)
+    plot_loss({ours.config.model.name: ours.run_dir, "transformer": run_dir}, ours.run_dir / LOSS_PLOT)
+    return theirs
+
+
+def opponent_dir(run_dir: Path) -> Path:
+    """Where the Transformer's run lies."""
+    return run_dir / VERSUS / "transformer"
+
+
+def comparison(ours: Result, theirs: Result):
+    """The table of both: parameters, validation bits per byte, tokens per second, ratio of the speeds."""
+    return table("Validation, same bytes in the same order", _rows(ours, theirs))
+
+
+def _rows(ours: Result, theirs: Result) -> Mapping[str, Mapping[str, str]]:
+    base = theirs.tokens_per_second
+    return {
+        result.config.model.name: {
+            "parameters": f"{result.parameters:,}",
+            "bits per byte": f"{result.validation_bpb:.3f}",
+            "tokens/s": _number(result.tokens_per_second, ",.0f"),
+            "speed": _number(result.tokens_per_second and base and result.tokens_per_second / base, ".2f"),
+        }
+        for result in (ours, theirs)
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if not value else format(value, form)
