@@ -1,4 +1,4 @@
-"""Kernels for nested learning. Depends on jax alone; one folder per operation, the same file names in each."""
+"""Kernels for nested learning, on jax alone; one folder per operation, the same file names in each."""
 
 from hope_kernels.delta_rule import DeltaRuleOutput, delta_rule
 

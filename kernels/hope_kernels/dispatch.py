@@ -1,7 +1,8 @@
 """Choosing an implementation: one function for every operation.
 
 A named implementation runs or raises; it is never replaced by another. Only `implementation=None` lets the
-library choose, and then it takes the first of the operation's implementations, in order of preference, that can run.
+library choose, and then it takes the first of the operation's implementations, in order of preference, that
+can run.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +17,8 @@ def _always(*args: Any, **kwargs: Any) -> None:
 class Implementation(NamedTuple):
     """One way to compute an operation.
 
-    `run(*args, **kwargs)` computes it. `cannot_run(*args, **kwargs)`, called with the same arguments, returns the
-    reason why it cannot, as one phrase ("needs a TPU"), or None.
+    `run(*args, **kwargs)` computes it. `cannot_run(*args, **kwargs)`, called with the same arguments, returns
+    the reason why it cannot, as one phrase ("needs a TPU"), or None.
     """
 
     run: Callable[..., Any]
@@ -44,23 +45,16 @@ def dispatch(
 
     Raises:
         ValueError: `name` is not the name of an implementation; the message lists those that exist.
-        NotImplementedError: `name` cannot run on these arguments or this machine, or, without a name, none can.
+        NotImplementedError: `name` cannot run on these arguments or this machine or, without a name, none can.
     """
-    if name is None:
-        reasons = []
-        for candidate, implementation in implementations.items():
-            reason = implementation.cannot_run(*args, **kwargs)
-            if reason is None:
-                return implementation.run(*args, **kwargs)
-            reasons.append(f"{candidate}: {reason}")
-        raise NotImplementedError(f"{operation}: no implementation can run here ({'; '.join(reasons)})")
-    if name not in implementations:
-        raise ValueError(
-            f"{operation} has no implementation {name!r}; there are: {', '.join(implementations)}"
-        )
-    reason = implementations[name].cannot_run(*args, **kwargs)
-    if reason is not None:
-        raise NotImplementedError(
-            f"{operation}: implementation {name!r} cannot run: {reason}; there are: {', '.join(implementations)}"
-        )
-    return implementations[name].run(*args, **kwargs)
+    if name is not None and name not in implementations:
+        raise ValueError(f"{operation} has no implementation {name!r}; there are: {', '.join(implementations)}")
+    reasons = []
+    for candidate in implementations if name is None else (name,):
+        reason = implementations[candidate].cannot_run(*args, **kwargs)
+        if reason is None:
+            return implementations[candidate].run(*args, **kwargs)
+        reasons.append(f"{candidate!r} cannot run: {reason}")
+    raise NotImplementedError(
+        f"{operation}: implementation {'; '.join(reasons)}; there are: {', '.join(implementations)}"
+    )

@@ -5,14 +5,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hope_kernels.delta_rule import reference, vjp
-from hope_kernels.delta_rule.config import default_block_t
+from hope_kernels.delta_rule import reference, xla
+from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import DeltaRuleOutput, Inputs, State, state_dtype
 from hope_kernels.dispatch import Implementation, dispatch
 
-IMPLEMENTATIONS = {"xla": Implementation(vjp.forward), "reference": Implementation(reference.forward)}
+IMPLEMENTATIONS = {"xla": Implementation(xla.forward), "reference": Implementation(reference.forward)}
 READS = ("start", "before", "after")
-# exp(-30) = 1e-13 is zero beside one; without a floor log(0) = -inf would make a difference of two of them NaN.
+# exp(-30) = 1e-13 is zero beside one; without a floor, differences of log(0) = -inf would be NaN.
 LOG_FLOOR = -30.0
 
 
@@ -33,42 +33,44 @@ def delta_rule(
 ) -> DeltaRuleOutput:
     """A matrix memory that forgets, erases and writes one token after another.
 
-    For every batch entry and head, with row vectors q, k [K], u [V] and the state S [K, V] (the transpose of the
-    matrix in the mathematics):
+    For every batch entry and head, with row vectors q, k [K], u [V] and the state S [K, V] (the transpose of
+    the matrix in the mathematics):
 
         S_t = alpha_t S_{t-1} - eta_t k_t^T (k_t S_{t-1}) + k_t^T u_t
-        y_t = q_t S_t ("after"), q_t S_{t-1} ("before") or q_t S_0 ("start", S_0 the state at the start of the call)
+        y_t = q_t S_t (read "after"), q_t S_{t-1} ("before") or q_t S_0 ("start": before the first token)
 
     and with `log_mu` the writes pass through a momentum Z [K, V] first:
 
         Z_t = mu_t Z_{t-1} + k_t^T u_t,    S_t = alpha_t S_{t-1} - eta_t k_t^T (k_t S_{t-1}) + Z_t
 
-    The states, the triangular system and the decays are float32 whatever the inputs (float64 for float64 inputs);
-    matrix products take the input dtype, the widest of q, k and u, and accumulate in the dtype of the state.
-    Everything is differentiable once in reverse mode; memory for it grows with T only by the inputs and one state per
-    `block_t` tokens.
+    The states, the triangular system and the decays are float32 whatever the inputs (float64 for float64
+    inputs); matrix products take the input dtype, the widest of q, k and u, and accumulate in the dtype of the
+    state. Everything is differentiable once, in reverse mode; what is kept for that are the inputs and one state
+    per `block_t` tokens.
 
     Args:
         q: [B, T, H, K] what is read with, or None for the final state only.
         k: [B, T, H, K] keys.
         u: [B, T, H, V] what is written, step size included.
         eta: [B, T, H] erase coefficient (b of spec S2.1); None is zero and needs no triangular solve.
-        log_alpha: [B, T, H] log of the retained fraction, at most 0 in normal use; None retains everything. Values
-            below -30 count as -30.
+        log_alpha: [B, T, H] log of the retained fraction, at most 0 in normal use; None retains everything.
+            Values below -30 count as -30.
         log_mu: [B, T, H] log of the momentum decay, floored like `log_alpha`; None means no momentum.
         initial_state: [B, H, K, V]; None is zeros.
         initial_momentum: [B, H, K, V], only with `log_mu`; None is zeros.
-        mask: bool [B, T, H]; a False token leaves state and momentum exactly as they are, whatever its k, u and gates
-            hold (its y still reads the state at that point).
+        mask: bool [B, T, H]; a False token leaves state and momentum exactly as they are, whatever its k, u and
+            gates hold (its y still reads the state at that point).
         read: which state y_t reads.
         block_t: tokens per tile of the chunked forms; changes the speed, never the numbers. None chooses.
         implementation: "xla", "reference", or None for the library's choice. A named one runs or raises.
 
     Returns:
-        DeltaRuleOutput(y [B, T, H, V] in the input dtype or None, state [B, H, K, V], momentum [B, H, K, V] or None).
+        DeltaRuleOutput(y, state, momentum): y [B, T, H, V] in the input dtype, None without q; state [B, H, K, V];
+        momentum [B, H, K, V], None without `log_mu`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `read` or `implementation`, `initial_momentum` without `log_mu`.
+        ValueError: shapes that do not fit, an unknown `read` or `implementation`, `initial_momentum` without
+            `log_mu`.
         TypeError: arrays that are not floating point, a mask that is not bool.
         NotImplementedError: the named implementation exists but cannot run here.
 
@@ -90,9 +92,8 @@ def delta_rule(
     if log_mu is not None:
         state = state._replace(z=_start(initial_momentum, shape, wide))
 
-    at_start = q is not None and read == "start"
     inputs = Inputs(
-        q=None if q is None or at_start else q.astype(dtype),
+        q=None if q is None or read == "start" else q.astype(dtype),
         k=k.astype(dtype),
         u=u.astype(dtype),
         eta=None if eta is None else eta.astype(wide),
@@ -105,12 +106,9 @@ def delta_rule(
 
     y, end = None, state
     if tokens:
-        block_t = default_block_t(tokens) if block_t is None else block_t
-        y, end = dispatch(
-            "delta_rule", IMPLEMENTATIONS, implementation, inputs, state, read=read, block_t=block_t
-        )
-    if at_start:
-        y = _read_start(q.astype(dtype), state.s)
+        y, end = dispatch("delta_rule", IMPLEMENTATIONS, implementation, inputs, state, read=read, block_t=block_t)
+    if q is not None and read == "start":
+        y = dot("bthk,bhkv->bthv", q, state.s, dtype, wide).astype(dtype)
     elif q is not None and y is None:
         y = jnp.zeros((batch, tokens, heads, u.shape[-1]), dtype)
     return DeltaRuleOutput(y, end.s, end.z)
@@ -120,28 +118,21 @@ def _start(given: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) ->
     return jnp.zeros(shape, dtype) if given is None else given.astype(dtype)
 
 
-def _apply_mask(inputs: Inputs, mask: jax.Array) -> Inputs:
+def _apply_mask(inputs: Inputs, mask_BTH: jax.Array) -> Inputs:
     """Masked tokens become tokens that do nothing; `where`, not a product, so that NaN padding stays out."""
 
-    def keep(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        return jnp.where(mask if x.ndim == mask.ndim else mask[..., None], x, 0)
+    def gate(x_BTH: jax.Array | None) -> jax.Array | None:
+        return None if x_BTH is None else jnp.where(mask_BTH, x_BTH, 0)
 
-    momentum_mask = None if inputs.log_mu is None else mask.astype(inputs.log_mu.dtype)
-    return Inputs(inputs.q, *(keep(x) for x in inputs[1:6]), mask=momentum_mask)
-
-
-def _read_start(q_BTHK: jax.Array, state_BHKV: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.DEFAULT if jnp.finfo(q_BTHK.dtype).bits == 16 else jax.lax.Precision.HIGHEST
-    y_BTHV = jnp.einsum(
-        "bthk,bhkv->bthv",
-        q_BTHK,
-        state_BHKV.astype(q_BTHK.dtype),
-        precision=precision,
-        preferred_element_type=state_BHKV.dtype,
+    return Inputs(
+        q=inputs.q,
+        k=jnp.where(mask_BTH[..., None], inputs.k, 0),
+        u=jnp.where(mask_BTH[..., None], inputs.u, 0),
+        eta=gate(inputs.eta),
+        log_alpha=gate(inputs.log_alpha),
+        log_mu=gate(inputs.log_mu),
+        mask=None if inputs.log_mu is None else mask_BTH.astype(inputs.log_mu.dtype),
     )
-    return y_BTHV.astype(q_BTHK.dtype)
 
 
 def _check(q, k, u, eta, log_alpha, log_mu, initial_state, initial_momentum, mask, read, block_t) -> None:
@@ -171,9 +162,7 @@ def _check(q, k, u, eta, log_alpha, log_mu, initial_state, initial_momentum, mas
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for k {k.shape} and u {u.shape}; got {array.shape}"
-            )
+            raise ValueError(f"{name} must have shape {shape} for k {k.shape} and u {u.shape}; got {array.shape}")
     for name, array in {"k": k, "u": u, **{n: a for n, (a, _) in expected.items() if n != "mask"}}.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point; got {array.dtype}")

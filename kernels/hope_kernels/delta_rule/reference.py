@@ -25,7 +25,7 @@ def _step(read: str, state: State, token: Inputs) -> tuple[State, jax.Array | No
     kept = s if token.log_alpha is None else column(jnp.exp(token.log_alpha)) * s
     if token.eta is not None:
         kept -= column(token.eta) * token.k[..., :, None] * _rows(token.k, s)[..., None, :]
-    if token.log_mu is None:
+    if token.log_mu is None or z is None:
         s = kept + write
     else:
         z = column(jnp.exp(token.log_mu)) * z + write
@@ -35,9 +35,7 @@ def _step(read: str, state: State, token: Inputs) -> tuple[State, jax.Array | No
     return State(s, z), y
 
 
-def forward(
-    inputs: Inputs, state: State, *, read: str, block_t: int | None
-) -> tuple[jax.Array | None, State]:
+def forward(inputs: Inputs, state: State, *, read: str, block_t: int | None) -> tuple[jax.Array | None, State]:
     """Token loop. `read` is "before" or "after"; `block_t` has no meaning here."""
     del block_t
     tokens_TBH = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).astype(state.s.dtype), inputs)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 class Inputs(NamedTuple):
-    """Checked arguments, the same for every implementation. None means the term is absent, not an array of zeros.
+    """Checked arguments, the same for every implementation. None means the term is absent.
 
-    Masked tokens arrive here as tokens that do nothing (k = u = 0, eta = 0, log_alpha = log_mu = 0); `mask` itself
-    is kept only for the momentum form, where an ordinary token adds Z to S and a masked one does not.
+    Masked tokens arrive here as tokens that do nothing (k = u = 0, eta = 0, log_alpha = log_mu = 0); `mask`
+    itself is kept only for the momentum form, where an ordinary token adds Z to S and a masked one does not.
     """
 
     q: jax.Array | None  # [B, T, H, K], input dtype
