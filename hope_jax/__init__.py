@@ -1,0 +1,104 @@
+"""Nested Learning in JAX: a model is a set of associative memories, each with its own objective, rule and clock.
+
+    memory      what is remembered with      linear_memory, mlp_memory, deep_memory
+    objective   what remembering means       dot_product, l2_regression, lp_regression, huber, huber_norm
+    rule        how it is written            any optax.GradientTransformation: dgd, optax.sgd, a chain, ...
+    clock       how often it is written      chunk_size
+    level       one memory, rule and clock   level(memory, rule, chunk_size, objective=...)
+    nest        levels in time               nest(*levels) -> params, init, apply
+
+What is known by other names is an arrangement of these (each line is proven in tests/test_identities.py):
+
+    linear attention        level(linear_memory, optax.sgd(1.0), any C, dot_product, read="after")
+    RetNet                  the same with optax.chain(optax.sgd(1.0), retention(alpha))
+    gated linear attention  the same with dgd(exact=False, decay=False) and gates eta, alpha
+    DeltaNet                level(linear_memory, dgd(exact=False), any C, dot_product, read="after")
+                          = level(linear_memory, dgd(exact=False, decay=False), C = 1, l2_regression, read="after")
+    Gated DeltaNet          DeltaNet with dgd(exact=False, decayed_erase=True) and gates eta, alpha
+    Longhorn                DeltaNet with dgd()
+    TTT-Linear              level(linear_memory, dgd(exact=False, decay=False), C, l2_regression, read="after")
+    DGD on L2 (93)          level(linear_memory, dgd(), C, l2_regression, read="start")
+    Titans LMM              level(memory, dgd(exact=False, decay=False, momentum="gate"), C, l2_regression)
+                          = one with optax.chain(optax.sgd(eta), heavy_ball(mu), retention(alpha)) for constant eta
+    self-modifying Titans   nest(level(k, v, eta, alpha boxes, dgd, C_proj), level(mem box, dgd, C_mem))
+    CMS                     nest(*[level(cms_memory, tx, C_l)]) with the gradient of the chain's loss as error
+    momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
+    MLP block               a level with learning rate 0
+"""
+
+from hope_jax.cms import cms, cms_chain, cms_memory, slow_period
+from hope_jax.memories import deep_memory, linear_memory, mlp_memory
+from hope_jax.nesting import level, nest
+from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
+from hope_jax.optimizers import every
+from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
+from hope_jax.sequence import (
+    delta_net,
+    dgd_attention,
+    gated_delta_net,
+    gated_linear_attention,
+    linear_attention,
+    longhorn,
+    retnet,
+    ttt_linear,
+)
+from hope_jax.sequence_layer import SequenceLayer
+from hope_jax.titans import titans_lmm
+from hope_jax.transforms import dgd, heavy_ball, retention
+from hope_jax.types import (
+    Level,
+    LevelState,
+    Memory,
+    Nest,
+    NestState,
+    Objective,
+    Outer,
+    Tokens,
+    Write,
+    contract,
+    gram,
+)
+
+__all__ = [
+    "Level",
+    "LevelState",
+    "Memory",
+    "Nest",
+    "NestState",
+    "Objective",
+    "Outer",
+    "SelfModifyingConfig",
+    "SequenceLayer",
+    "Tokens",
+    "Write",
+    "cms",
+    "cms_chain",
+    "cms_memory",
+    "contract",
+    "deep_memory",
+    "delta_net",
+    "dgd",
+    "dgd_attention",
+    "dot_product",
+    "every",
+    "gated_delta_net",
+    "gated_linear_attention",
+    "gram",
+    "heavy_ball",
+    "huber",
+    "huber_norm",
+    "l2_regression",
+    "level",
+    "linear_attention",
+    "linear_memory",
+    "longhorn",
+    "lp_regression",
+    "mlp_memory",
+    "nest",
+    "retention",
+    "retnet",
+    "self_modifying",
+    "slow_period",
+    "titans_lmm",
+    "ttt_linear",
+]

@@ -1,0 +1,106 @@
+"""A rule's chunk form: the recurrence that the rule makes of a chunk of factored errors.
+
+A rule whose per-token step is
+
+    Z_t = mu_t Z_{t-1} + k_t u_t^T        S_t = (alpha_t I - erase_t k_t k_t^T) S_{t-1} + Z_t      (spec S5.1, rows)
+
+needs no token loop: `hope_kernels.delta_rule` runs it in parallel over the chunk. `ChunkForm` is what such a rule
+says of itself, `Recurrence` what it makes of one chunk, `run` the call of the kernel.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_kernels import DeltaRuleOutput, delta_rule
+
+type Read = Literal["start", "before", "after"]
+type Gates = Mapping[str, Any]
+
+
+class Recurrence(NamedTuple):
+    """The kernel's arguments for one matrix over one chunk; None means the term is absent."""
+
+    key: jax.Array  # [..., C, K]
+    write: jax.Array  # [..., C, V]  u_t, step size included
+    erase: jax.Array | None  # [..., C]
+    log_alpha: jax.Array | None  # [..., C]
+    log_mu: jax.Array | None  # [..., C]
+
+
+class ChunkForm(NamedTuple):
+    """What a chunk-parallel rule says of itself."""
+
+    recurrences: Callable[[Any, Gates], Any]  # (errors with Outer leaves, gates) -> tree of Recurrence
+    momentum: Callable[[Any], Any]  # rule state -> tree of Z, or None
+    with_momentum: Callable[[Any, Any], Any]  # (rule state, tree of Z) -> rule state
+
+
+class FactoredTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that also has a chunk form; it accepts `Outer` leaves as updates."""
+
+    form: ChunkForm
+
+
+def factored(init: Callable, update: Callable, form: ChunkForm) -> FactoredTransformation:
+    """An optax transformation (init, update) together with its chunk form."""
+    tx = FactoredTransformation(init, update)
+    tx.form = form
+    return tx
+
+
+def gate(gates: Gates, name: str, shape: tuple[int, ...]) -> jax.Array | None:
+    """The gate `name` broadcast to [..., C], or None. `log_x` is taken as given or made from `x`.
+
+    log mu is floored at -30 (spec 5.4); alpha = 0 is not representable.
+    """
+    value = gates.get(name)
+    plain = name.removeprefix("log_")
+    if value is None and plain != name and gates.get(plain) is not None:
+        value = jnp.log(jnp.maximum(gates[plain], jnp.exp(-30.0) if plain == "mu" else 0.0))
+    return None if value is None else jnp.broadcast_to(value, shape)
+
+
+def run(
+    rec: Recurrence,
+    state: jax.Array,
+    momentum: jax.Array | None,
+    query: jax.Array | None = None,
+    read: Read = "after",
+    mask: jax.Array | None = None,
+) -> DeltaRuleOutput:
+    """Run one matrix' recurrence over a chunk: (reads [..., C, V] or None, state, momentum).
+
+    Tokens whose `mask` [..., C] is False leave state and momentum as they are.
+    """
+    mask = None if mask is None else jnp.broadcast_to(mask, rec.key.shape[:-1])
+
+    def one(query, key, write, erase, log_alpha, log_mu, mask, state, momentum):  # no leading axes
+        def heads(x) -> Any:  # the kernel's axes [B, T, H, ...], one example and one head
+            return None if x is None else x[None, :, None]
+
+        out = delta_rule(
+            heads(query),
+            heads(key),
+            heads(write),
+            heads(erase),
+            log_alpha=heads(log_alpha),
+            log_mu=heads(log_mu),
+            mask=heads(mask),
+            initial_state=state[None, None],
+            initial_momentum=None if momentum is None else momentum[None, None],
+            read=read,
+        )
+        return DeltaRuleOutput(
+            None if out.y is None else out.y[0, :, 0],
+            out.state[0, 0],
+            None if out.momentum is None else out.momentum[0, 0],
+        )
+
+    call = one
+    for _ in range(state.ndim - 2):
+        call = jax.vmap(call)
+    return call(query, rec.key, rec.write, rec.erase, rec.log_alpha, rec.log_mu, mask, state, momentum)

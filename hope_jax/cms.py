@@ -1,0 +1,111 @@
+"""The Continuum Memory System: a chain of MLPs that learn at different rates (paper (70), (71), spec section 6)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memories import mlp_memory
+from hope_jax.nesting import nest
+from hope_jax.types import Level, Memory, Nest, Params
+
+
+def cms_memory(width: int, hidden: int, init_scale: float = 0.5) -> Memory:
+    """One link of the chain: gelu(x @ w2) @ w1, [..., D] -> [..., D] (spec 6.1)."""
+    return mlp_memory(width, hidden, residual=False, init_scale=init_scale)
+
+
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / rms(x) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def cms_chain(
+    memories: Sequence[Memory],
+    params_by_level: Sequence[Params],
+    x: jax.Array,
+    *,
+    norms: Sequence[Callable[[jax.Array], jax.Array]] | None = None,
+    residual: bool = True,
+) -> jax.Array:
+    """The chain's output, fast level first: h <- h + MLP_l(norm_l(h)) (S6.1).
+
+    Args:
+        memories: one per level, fastest first.
+        params_by_level: their weights.
+        x: [..., D].
+        norms: one function per level; None is `rms_norm` without gains. Gains belong to the outer level.
+        residual: False with identity norms is the bare chain of (70).
+    """
+    norms = norms if norms is not None else [rms_norm] * len(memories)
+    for memory, params, norm in zip(memories, params_by_level, norms, strict=True):
+        y = memory.apply(params, norm(x))
+        x = x + y if residual else y
+    return x
+
+
+def cms(*levels: Level, loss: Callable[[jax.Array, Any], jax.Array], residual: bool = True, norm: bool = True) -> Nest:
+    """A chain of global levels that adapts in time to the loss of its own output.
+
+    Args:
+        levels: `level(cms_memory(D, F), tx, chunk_size)`, fastest first. The rule sees the sum of the chunk's
+            errors, so a constant step must shrink like 1 / chunk_size (spec 6.2).
+        loss: `loss(y[C, D], target[C, ...]) -> [C]`, one number per token.
+        residual, norm: as in `cms_chain`.
+
+    Returns:
+        A nest over `xs = (x[T, D], target[T, ...])` whose ys are the outputs [T, D], each at the weights that were
+        current when its token came.
+
+    Example:
+        >>> import jax, optax
+        >>> from hope_jax import l2_regression, level
+        >>> n = cms(*[level(cms_memory(4, 8), optax.sgd(0.1 / c), c) for c in (2, 8)], loss=l2_regression.loss)
+        >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+        >>> state, y = n.apply(n.init(n.params(jax.random.key(1))), (x, 2 * x))
+        >>> y.shape
+        (16, 4)
+
+    Reference: paper (70), (71); spec S6.1, S6.2.
+    """
+    memories = [l.memory for l in levels if l.memory is not None]
+    if len(memories) != len(levels) or any(l.objective is not None for l in levels):
+        raise ValueError("levels of a cms need a memory and no objective of their own: its loss is the objective")
+    norms = [rms_norm if norm else lambda x: x] * len(levels)
+
+    def total(params_by_level: tuple[Params, ...], chunk: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        x, target = chunk
+        y = cms_chain(memories, params_by_level, x, norms=norms, residual=residual)
+        return jnp.sum(loss(y, target)), y
+
+    def error(params_by_level: tuple[Params, ...], carry: Any, chunk: tuple[jax.Array, Any]):
+        errors, y = jax.grad(total, has_aux=True)(params_by_level, chunk)
+        return errors, carry, y
+
+    return nest(*levels, error=error)
+
+
+def slow_period(chunk_size: int, length: int, tokens_per_step: int) -> int | None:
+    """Where a level's clock lives: None inside the sequence, else its period in optimizer steps (spec 6.4).
+
+    Args:
+        chunk_size: C, tokens per write.
+        length: T, tokens per sequence.
+        tokens_per_step: tau, tokens per optimizer step over the whole batch and all devices.
+
+    Raises:
+        ValueError: T < C < tau, or C not a multiple of tau: no step ends where the chunk ends.
+
+    Example:
+        >>> slow_period(16, 512, 4096), slow_period(16384, 512, 4096)
+        (None, 4)
+    """
+    if chunk_size <= length:
+        return None
+    if chunk_size < tokens_per_step or chunk_size % tokens_per_step:
+        raise ValueError(
+            f"a level's chunk must fit into the sequence or be a multiple of the tokens per step; got "
+            f"chunk size C={chunk_size}, sequence length T={length}, tokens per step tau={tokens_per_step}"
+        )
+    return chunk_size // tokens_per_step

@@ -1,0 +1,306 @@
+"""Levels in time: `nest(*levels)` runs an error function at the fastest clock, one `lax.scan` inside the other.
+
+The body of level i is: run the faster levels over my chunk, then close my chunk. Closing makes the weights that hold
+the chunk's writes the ones that the next chunk starts with. Local levels (with an objective) write every piece into
+their `running` weights as it comes, with errors taken at `start`; global levels (without) sum their errors in
+`pending` and call their rule once. In both cases a chunk may end in the middle of a call and go on in the next.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from hope_jax.types import (
+    Level,
+    LevelState,
+    Memory,
+    Nest,
+    NestState,
+    Objective,
+    Params,
+    Tokens,
+    Write,
+    contract,
+    is_outer,
+)
+from hope_jax.writing import factored_errors, write_chunk
+
+READS = ("start", "before", "after")
+
+
+def level(
+    memory: Memory | None,
+    tx: optax.GradientTransformation,
+    chunk_size: int,
+    *,
+    objective: Objective | None = None,
+    read: str = "start",
+    bptt_chunks: int | None = None,
+) -> Level:
+    """One memory with its rule and its clock.
+
+        Args:
+            memory: what is remembered with; None if the nest's error function alone knows the weights.
+            tx: the rule, any optax transformation.
+            chunk_size: C, tokens per write; errors are taken at the weights the chunk started with.
+            objective: makes the level local: its errors are factored and per token. None makes it global: its
+                errors are dense, summed over the chunk, and the rule runs once per chunk (paper (71)).
+            read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
+                "after" the token's own write (spec 5.1).
+            bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
+
+        Raises:
+            ValueError: chunk_size or bptt_chunks below 1, or an unknown read.
+
+        Example:
+            >>> import optax
+    from jax.core import Tracer
+            >>> from hope_jax import l2_regression, linear_memory
+            >>> level(linear_memory(4, 4), optax.sgd(0.1), 16, objective=l2_regression).chunk_size
+            16
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is a number of tokens, at least 1; got {chunk_size}")
+    if bptt_chunks is not None and bptt_chunks < 1:
+        raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
+    if read not in READS:
+        raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
+    return Level(memory, tx, chunk_size, objective, read, bptt_chunks)
+
+
+def nest(
+    *levels: Level,
+    error: Callable | None = None,
+    output: Callable | None = None,
+    remat: bool = False,
+) -> Nest:
+    """Levels in time, fastest first.
+
+    Args:
+        levels: chunk sizes must divide each other, fastest first.
+        error: `error(params_by_level, carry, chunk) -> (errors_by_level, carry, ys)`, called on pieces of at most
+            the fastest chunk size with the weights each level's chunk started with. Errors are trees like the
+            weights: `Outer` leaves for local levels (or `Write(error, gates, query)`), dense sums over the piece
+            for global ones. Default: every level remembers the same `Tokens` with its own objective.
+        output: `output(ys, reads) -> ys`, where reads[i] answers level i's query with running weights; needed
+            only by error functions whose levels read "before" or "after".
+        remat: recompute each fastest chunk in the backward pass instead of saving its intermediates.
+
+    Returns:
+        `Nest(params, init, apply)`, all for one example (a batch is `jax.vmap`):
+
+        - `params(key) -> params_by_level`: start weights of every level from its memory;
+        - `init(params_by_level, carry=None) -> state`: differentiable, so that start weights can be learned;
+        - `apply(state, xs, phase=None) -> (state, ys)`: xs is a pytree with leaves [T, ...], T any length.
+          `phase`, a Python int, is the number of tokens since the slowest level's last boundary. It is read
+          from the state when the state is concrete or fresh; inside `jit` say it for a carried state (0 after
+          whole chunks), or the nest steps token by token, which is exact and slow.
+
+    Raises:
+        ValueError: no levels, chunk sizes that do not divide, a level without an objective and no error function,
+            leaves of unequal length, or weights for another number of levels.
+
+    Example:
+        >>> import jax, optax
+        >>> from hope_jax import Tokens, dgd, l2_regression, linear_memory
+        >>> fast = level(linear_memory(4, 4), dgd(0.5), 2, objective=l2_regression)
+        >>> slow = level(linear_memory(4, 4), optax.sgd(0.1), 8, objective=l2_regression)
+        >>> n = nest(fast, slow)
+        >>> x = jax.random.normal(jax.random.key(0), (20, 4))
+        >>> state, (y_fast, y_slow) = n.apply(n.init(n.params(jax.random.key(1))), Tokens(x, x, x))
+        >>> y_slow.shape, int(state.phase)
+        ((20, 4), 4)
+
+    Reference: paper sections 3 and 7, (71); spec 6.2.
+    """
+    _check_levels(levels, error)
+    sizes = tuple(l.chunk_size for l in levels)
+    if error is None:
+        error, output = _local_error(levels), _local_output
+    piece = _piece(levels, error, output)
+    fast = jax.checkpoint(piece) if remat else piece
+
+    def params(key: jax.Array) -> tuple[Params, ...]:
+        missing = [i for i, l in enumerate(levels) if l.memory is None]
+        if missing:
+            raise ValueError(f"levels {missing} have no memory: give their start weights to init yourself")
+        keys = jax.random.split(key, len(levels))
+        return tuple(l.memory.init(k) for l, k in zip(levels, keys, strict=True) if l.memory)
+
+    def init(params_by_level: tuple[Params, ...], carry: Any = None) -> NestState:
+        if not isinstance(params_by_level, tuple | list) or len(params_by_level) != len(levels):
+            raise ValueError(
+                f"init takes one tree of weights per level, a tuple of {len(levels)}; got {params_by_level!r:.80}"
+            )
+        return NestState(tuple(map(_open, levels, params_by_level)), carry, np.int32(0))
+
+    def run(i: int, state, xs):
+        """Whole chunks of level i: scan over them, each running the faster levels and then closing level i."""
+        if i < 0:
+            return fast(*state, xs)
+        n = _length(xs) // sizes[i]
+        chunks = jax.tree.map(lambda x: x.reshape(n, sizes[i], *x.shape[1:]), xs)
+
+        def body(state, chunk):
+            (states, carry), ys = run(i - 1, state, chunk)
+            return (_close(levels, states, [i]), carry), ys
+
+        state, ys = jax.lax.scan(body, state, chunks)
+        return state, jax.tree.map(lambda y: y.reshape(n * sizes[i], *y.shape[2:]), ys)
+
+    def aligned(state: NestState, xs: Any, phase: int):
+        """A call that knows its clock: whole chunks of the slowest levels that fit, pieces at the ends."""
+        inner, parts, start = (state.levels, state.carry), [], 0
+        for i, length, due in _segments(sizes, phase, _length(xs)):
+            part = jax.tree.map(lambda x, a=start, n=length: x[a : a + n], xs)
+            inner, ys = run(i, inner, part)
+            inner = (_close(levels, inner[0], due), inner[1])
+            parts.append(ys)
+            start += length
+        ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts) if len(parts) > 1 else parts[0]
+        return NestState(*inner, np.int32((phase + _length(xs)) % sizes[-1])), ys
+
+    def token_by_token(state: NestState, xs: Any):
+        """A call that does not know its clock: one token a piece, boundaries by selection."""
+
+        def body(state: NestState, x):
+            (states, carry), y = fast(state.levels, state.carry, jax.tree.map(lambda a: a[None], x))
+            phase = state.phase + 1
+            due = [phase % c == 0 for c in sizes]
+            closed = _close(levels, states, range(len(levels)))
+            states = tuple(
+                jax.tree.map(lambda a, b, d=d: jnp.where(d, a, b), new, old)
+                for d, new, old in zip(due, closed, states, strict=True)
+            )
+            return NestState(states, carry, phase % sizes[-1]), jax.tree.map(lambda a: a[0], y)
+
+        return jax.lax.scan(body, state._replace(phase=jnp.asarray(state.phase, jnp.int32)), xs)
+
+    def apply(state: NestState, xs: Any, phase: int | None = None) -> tuple[NestState, Any]:
+        length = _length(xs)
+        if phase is None and not isinstance(state.phase, Tracer):
+            phase = int(state.phase)
+        if phase is None or length == 0:
+            return token_by_token(state, xs)
+        return aligned(state, xs, phase % sizes[-1])
+
+    return Nest(params, init, apply)
+
+
+def _check_levels(levels: tuple[Level, ...], error: Callable | None) -> None:
+    if not levels:
+        raise ValueError("nest needs at least one level")
+    sizes = [l.chunk_size for l in levels]
+    if any(slow % fast for fast, slow in itertools.pairwise(sizes)):
+        raise ValueError(f"chunk sizes must divide, fastest first; got {sizes}")
+    if error is None and any(l.objective is None or l.memory is None for l in levels):
+        raise ValueError("without an error function every level needs a memory and an objective")
+
+
+def _length(xs: Any) -> int:
+    lengths = {x.shape[0] for x in jax.tree.leaves(xs)}
+    if len(lengths) != 1:
+        raise ValueError(f"all inputs need one leading time axis of the same length; got lengths {sorted(lengths)}")
+    return lengths.pop()
+
+
+def _segments(sizes: tuple[int, ...], phase: int, length: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Cut a call at its boundaries: (level whose whole chunks it is or -1, tokens, slower levels that are due)."""
+    now, end = phase, phase + length
+    while now < end:
+        fitting = [i for i, c in enumerate(sizes) if now % c == 0 and end - now >= c]
+        i = max(fitting, default=-1)
+        unit = sizes[i] if i >= 0 else 1
+        stop = end if i + 1 == len(sizes) else min(end, (now // sizes[i + 1] + 1) * sizes[i + 1])
+        tokens = (stop - now) // unit * unit
+        now += tokens
+        yield i, tokens, [j for j in range(i + 1, len(sizes)) if now % sizes[j] == 0]
+
+
+def _open(lev: Level, params: Params) -> LevelState:
+    local = lev.objective is not None
+    return LevelState(
+        start=params,
+        running=params if local else None,
+        pending=None if local else jax.tree.map(jnp.zeros_like, params),
+        rule=lev.tx.init(params),
+        origin=None if lev.bptt_chunks is None else (params, jnp.zeros((), jnp.int32)),
+    )
+
+
+def _close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
+    return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
+
+
+def _close_one(lev: Level, state: LevelState) -> LevelState:
+    """The end of a level's chunk: what was written becomes what the next chunk starts with."""
+    if state.running is not None:
+        new, rule, pending = state.running, state.rule, None
+    else:
+        tx = optax.with_extra_args_support(lev.tx)
+        updates, rule = tx.update(cast(Any, state.pending), state.rule, state.start)
+        new = optax.apply_updates(state.start, updates)
+        pending = jax.tree.map(jnp.zeros_like, state.pending)
+    origin = state.origin
+    if origin is not None and lev.bptt_chunks is not None:
+        theta0, writes = origin
+        cut = (writes + 1) % lev.bptt_chunks == 0
+        new = jax.tree.map(lambda w, w0: jnp.where(cut, w0 + jax.lax.stop_gradient(w - w0), w), new, theta0)
+        origin = (theta0, writes + 1)
+    return LevelState(new, None if state.running is None else new, pending, rule, origin)
+
+
+def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) -> Callable:
+    """One piece of at most the fastest chunk: evaluate the errors, hand each level its own, read."""
+
+    def piece(states: tuple[LevelState, ...], carry: Any, xs: Any):
+        errors, carry, ys = error(tuple(s.start for s in states), carry, xs)
+        new, reads = [], []
+        for lev, state, err in zip(levels, states, errors, strict=True):
+            write = err if isinstance(err, Write) else Write(err)
+            if state.running is not None:
+                running, rule, y = write_chunk(lev, state.running, state.rule, write)
+                state, read = state._replace(running=running, rule=rule), y
+            else:
+                dense = jax.tree.map(lambda e: contract(e) if is_outer(e) else e, write.error, is_leaf=is_outer)
+                state, read = state._replace(pending=jax.tree.map(jnp.add, state.pending, dense)), None
+            new.append(state)
+            reads.append(read)
+        return (tuple(new), carry), output(ys, tuple(reads)) if output else ys
+
+    return piece
+
+
+def _local_error(levels: tuple[Level, ...]) -> Callable:
+    """Every level remembers the same tokens, each with its own memory, objective, rule and clock."""
+
+    def error(params_by_level: tuple[Params, ...], carry: Any, chunk: Tokens):
+        gates = {"eta": chunk.eta, "alpha": chunk.alpha, "mu": chunk.mu}
+        gates = {name: jnp.moveaxis(g, 0, -1) for name, g in gates.items() if g is not None}
+        query = None if chunk.query is None else _heads_first(chunk.query)
+        errors, ys = [], []
+        for lev, params in zip(levels, params_by_level, strict=True):
+            key, value = _heads_first(chunk.key), _heads_first(chunk.value)
+            _, err = factored_errors(lev.memory, cast(Objective, lev.objective), params, key, value)
+            errors.append(Write(err, gates, query, chunk.mask))
+            ys.append(lev.memory.apply(params, query) if query is not None and lev.read == "start" else None)
+        return tuple(errors), carry, tuple(ys)
+
+    return error
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[C, ..., K] -> [..., C, K]"""
+    return jnp.moveaxis(x, 0, -2)
+
+
+def _local_output(ys: tuple, reads: tuple) -> Any:
+    merged = tuple(y if r is None else r for y, r in zip(ys, reads, strict=True))
+    merged = tuple(None if y is None else jnp.moveaxis(y, -2, 0) for y in merged)
+    return merged[0] if len(merged) == 1 else merged

@@ -1,0 +1,255 @@
+"""Self-modifying Titans: memories that make their own keys, values, learning rates and retention.
+
+Five residual MLP memories per head ("boxes"): k, v, eta, alpha and mem, six with an adaptive q. Each token is turned
+by the first four, at the weights their chunk started with, into a key, a value and two gates; `mem` answers the
+query; then every box regresses, with DGD, the value it makes itself of v (paper (83)-(88), spec section 7).
+
+In the words of the nest: two levels, the projections at `chunk_proj` and `mem` at `chunk_mem`, whose error function
+makes its own tokens. Everything here is for one example.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.memories import linear_memory, mlp_memory
+from hope_jax.nesting import level, nest
+from hope_jax.objectives import l2_regression
+from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
+from hope_jax.transforms import dgd
+from hope_jax.types import Memory, Nest, NestState, Params, Write
+from hope_jax.writing import factored_errors
+
+
+@dataclass(frozen=True)
+class SelfModifyingConfig:
+    """Shapes and switches of one self-modifying layer; the defaults are spec 8.3 with H heads of width dim / heads."""
+
+    dim: int  # D
+    heads: int = 1  # H
+    memory: str = "mlp"  # "mlp" (89) or "linear" (93)
+    memory_hidden: int = 32  # F
+    chunk_proj: int = 16  # tokens per write of k, v, eta, alpha, q
+    chunk_mem: int = 16  # tokens per write of mem
+    stage: int = 3  # 1: only mem is written; 2: all boxes regress v; 3: each its own value
+    read: str = "start"  # "start" of the chunk (94), or running "before" the token's write
+    adaptive_q: bool = False  # q from a memory instead of a static projection
+    static: tuple[str, ...] = ()  # of "k", "v": made by static projections instead of memories
+    momentum: float | str | None = 0.9  # mu, "gate", or None
+    retention: bool = True  # False: alpha = 1
+    dgd_decay: bool = True  # False: plain gradient descent with the same steps
+    exact: bool = True  # eta' = eta / (1 + eta ||k||^2)
+    mlp_rule: str = "input"  # "input" (S7.6) or "layerwise" (S7.7)
+    conv_window: int = 4  # 0: no convolution
+    eta_init: float = 0.02
+    alpha_init: float = 0.99
+    remat: bool = False  # recompute each chunk in the backward pass
+
+    def __post_init__(self):
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads; got dim={self.dim}, heads={self.heads}")
+        for name, allowed in (
+            ("memory", ("mlp", "linear")),
+            ("stage", (1, 2, 3)),
+            ("read", ("start", "before")),
+            ("mlp_rule", ("input", "layerwise")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+        if not set(self.static) <= {"k", "v"}:
+            raise ValueError(f'static names projections, "k" or "v"; got {self.static}')
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The boxes that make elements of a token, in order."""
+        if self.stage == 1:
+            return ()
+        names = ("k", "v", "eta", "alpha") + (("q",) if self.adaptive_q else ())
+        return tuple(n for n in names if n not in self.static)
+
+    @property
+    def statics(self) -> tuple[str, ...]:
+        """The elements made by static D x D projections."""
+        return tuple(n for n in ("q", "k", "v") if n not in self.projections)
+
+    @property
+    def groups(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """(chunk size, boxes) per level, fastest first. Boxes on one clock share a level."""
+        if self.stage == 1:
+            return ((self.chunk_mem, ("mem",)),)
+        if self.chunk_proj == self.chunk_mem and self.read == "start":
+            return ((self.chunk_mem, (*self.projections, "mem")),)
+        both = [(self.chunk_proj, self.projections), (self.chunk_mem, ("mem",))]
+        return tuple(sorted(both, key=lambda group: group[0]))
+
+
+def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
+    """The self-modifying Titans layer, without output gate and output map.
+
+    Args:
+        config: shapes and switches.
+
+    Returns:
+        A `SequenceLayer`: `init(key) -> params`, `init_state(params) -> state`,
+        `apply(params, state, r_TD, phase=None, mask_T=None) -> (state, y_TD)`, where r_TD is the RMS-normalised
+        block input, y_TD the reads with heads concatenated, and `phase` as in `nest`. The state is the nest's:
+        per level a stack of boxes w1 [P, H, F, K], w2 [P, H, K, F], carrying the convolutions' tails.
+
+    Raises:
+        ValueError: from the config, or chunk sizes of which neither divides the other.
+
+    Example:
+        >>> import jax
+        >>> layer = self_modifying(SelfModifyingConfig(dim=8, heads=2, memory_hidden=4, chunk_proj=2, chunk_mem=4))
+        >>> params = layer.init(jax.random.key(0))
+        >>> state, y = layer.apply(params, layer.init_state(params), jax.numpy.ones((6, 8)))
+        >>> y.shape, int(state.phase)
+        ((6, 8), 2)
+
+    Reference: paper (83)-(88); spec section 7.
+    """
+    memory = _memory(config)
+    _nest(config, memory, None)  # chunk sizes that do not divide are refused here
+
+    def init_state(params: Params) -> NestState:
+        tail = jnp.zeros((max(config.conv_window - 1, 0), config.heads, config.head_width))
+        starts = tuple(_stack([params["boxes"][name] for name in names]) for _, names in config.groups)
+        return _nest(config, memory, params).init(starts, carry={"q": tail, "k": tail, "v": tail})
+
+    def apply(params: Params, state: NestState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
+        tokens = _static_elements(config, params, r_TD)
+        tokens["mask"] = mask_T
+        state, y_THK = _nest(config, memory, params).apply(state, tokens, phase=phase)
+        return state, y_THK.reshape(r_TD.shape)
+
+    return SequenceLayer(lambda key: _init(config, memory, key), init_state, apply)
+
+
+def _memory(config: SelfModifyingConfig) -> Memory:
+    if config.memory == "linear":
+        return linear_memory(config.head_width, config.head_width, init_scale=0.5)
+    return mlp_memory(config.head_width, config.memory_hidden)
+
+
+def _nest(config: SelfModifyingConfig, memory: Memory, params: Params) -> Nest:
+    """One level per clock; all boxes of a level are one stacked memory."""
+    rule = dgd(
+        exact=config.exact,
+        decay=config.dgd_decay,
+        momentum=config.momentum,
+        input_leaf="w2" if config.memory == "mlp" and config.mlp_rule == "input" else None,
+    )
+    levels = [
+        level(memory, rule, size, objective=l2_regression, read=config.read if "mem" in names else "start")
+        for size, names in config.groups
+    ]
+    return nest(*levels, error=_error(config, memory, params), output=_output, remat=config.remat)
+
+
+def _output(y_THK: Any, reads: tuple) -> jax.Array:
+    """The reads of mem: running ones where the level gives them, else those at the chunk's start."""
+    running = [r for r in reads if r is not None]
+    return jnp.moveaxis(running[0][0], -2, 0) if running else y_THK
+
+
+def _init(config: SelfModifyingConfig, memory: Memory, key: jax.Array) -> Params:
+    dim, heads, width = config.dim, config.heads, config.head_width
+    names = (*config.projections, "mem")
+    keys = iter(jax.random.split(key, 16))
+
+    def box() -> Params:
+        return jax.vmap(memory.init)(jax.random.split(next(keys), heads))
+
+    def read_out(bias: float) -> Params:  # a number per head and token: c^T M(x) + b (S7.3)
+        return {"w": 0.02 * jax.random.normal(next(keys), (heads, width)), "b": jnp.full((heads,), bias)}
+
+    square = lambda: jax.random.normal(next(keys), (dim, dim)) / dim**0.5  # noqa: E731
+    params: dict[str, Any] = {"boxes": {name: box() for name in names}}
+    if heads > 1:
+        params["in_proj"] = square()
+    params["static"] = {name: square() for name in config.statics}
+    params["gates"] = {"eta": read_out(float(jnp.log(jnp.expm1(config.eta_init))))}
+    if config.retention or config.stage > 1:
+        params["gates"]["alpha"] = read_out(float(jax.scipy.special.logit(config.alpha_init)))
+    if config.momentum == "gate":
+        params["gates"]["mu"] = read_out(0.0)
+    if config.conv_window:
+        params["conv"] = {n: identity_conv(config.conv_window, (heads, width)) for n in ("q", "k", "v")}
+    return params
+
+
+def _stack(trees: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _static_elements(config: SelfModifyingConfig, params: Params, r_TD: jax.Array) -> dict[str, Any]:
+    """What needs no memory, for the whole call at once: x (spec 7.2) and the static projections, [T, H, K]."""
+    heads = (r_TD.shape[0], config.heads, config.head_width)
+    mixed = r_TD @ params["in_proj"] if "in_proj" in params else r_TD
+    tokens = {"x": mixed.reshape(heads) * config.head_width**-0.5}
+    return tokens | {name: (r_TD @ w).reshape(heads) for name, w in params["static"].items()}
+
+
+def _error(config: SelfModifyingConfig, memory: Memory, params: Params):
+    """Make the elements of a piece, read mem, and give every box its error (spec 7.2-7.4)."""
+
+    def error(starts: tuple[Params, ...], tails: dict, piece: dict):
+        x_HCK = jnp.moveaxis(piece["x"], 0, 1)
+        made, box_of = {}, {}
+        for (_, names), start in zip(config.groups, starts, strict=True):
+            n = len([name for name in names if name != "mem"])
+            if n:
+                first = jax.tree.map(lambda w, n=n: w[:n], start)
+                out = memory.apply(first, jnp.broadcast_to(x_HCK, (n, *x_HCK.shape)))
+                made |= dict(zip(names, out, strict=False))
+            if "mem" in names:
+                box_of["mem"] = jax.tree.map(lambda w, n=n: w[n], start)
+        k, v, q, tails = _keys_values_queries(config, params, made, piece, tails)
+        gates = _gates(config, params, made, x_HCK)
+        y_HCK = memory.apply(box_of["mem"], q) if config.read == "start" else None
+        writes = []
+        for (_, names), start in zip(config.groups, starts, strict=True):
+            stack = (len(names), *v.shape)
+            value = jnp.broadcast_to(v, stack)
+            if config.stage == 3:
+                value = memory.apply(start, value)
+            _, errors = factored_errors(memory, l2_regression, start, jnp.broadcast_to(k, stack), value)
+            writes.append(Write(errors, gates, q[None] if "mem" in names else None, piece["mask"]))
+        return tuple(writes), tails, None if y_HCK is None else jnp.moveaxis(y_HCK, 1, 0)
+
+    return error
+
+
+def _keys_values_queries(config: SelfModifyingConfig, params: Params, made: dict, piece: dict, tails: dict):
+    """q, k, v [H, C, K] after convolution and normalisation (S7.2), and the new tails."""
+    out, new = {}, {}
+    for name in ("q", "k", "v"):
+        raw = jnp.moveaxis(made[name], 1, 0) if name in made else piece[name]  # [C, H, K]
+        if piece["mask"] is not None:
+            raw = jnp.where(piece["mask"][:, None, None], raw, 0.0)
+        new[name] = tails[name]
+        if config.conv_window:
+            new[name], raw = short_conv(params["conv"][name], tails[name], raw)
+        out[name] = jnp.moveaxis(raw if name == "v" else l2_normalize(raw), 0, 1)
+    return out["k"], out["v"], out["q"], new
+
+
+def _gates(config: SelfModifyingConfig, params: Params, made: dict, x_HCK: jax.Array) -> dict[str, jax.Array]:
+    """eta, log alpha and mu per head and token [H, C] (S7.3); read from x itself where no memory makes them."""
+
+    def read_out(name: str) -> jax.Array:
+        p = params["gates"][name]
+        return jnp.einsum("HCK,HK->HC", made.get(name, x_HCK), p["w"]) + p["b"][:, None]
+
+    gates = {"eta": jax.nn.softplus(read_out("eta"))}
+    if config.retention:
+        gates["log_alpha"] = jax.nn.log_sigmoid(read_out("alpha"))
+    if config.momentum == "gate":
+        gates["log_mu"] = jax.nn.log_sigmoid(read_out("mu"))
+    return gates

@@ -1,0 +1,252 @@
+"""Rules: how a memory is written. Ordinary optax transformations; use any other optax transformation beside them.
+
+`dgd` takes factored errors (`Outer`); `retention` and `heavy_ball` are linear transforms that compose with
+`optax.sgd` in an `optax.chain`, and the chain keeps its chunk-parallel form (see `linear_rules.py`).
+Per-token gates travel as the keyword-only extra arguments `eta`, `alpha`, `mu` (or `log_alpha`, `log_mu`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.chunk_form import ChunkForm, FactoredTransformation, Gates, Recurrence, factored, gate, run
+from hope_jax.types import Outer, Params, is_outer
+
+
+class DGDState(NamedTuple):
+    momentum: Params | None  # like the weights [..., K, V]; None without momentum
+
+
+def dgd(
+    learning_rate: float | None = None,
+    *,
+    exact: bool = True,
+    decay: bool = True,
+    momentum: float | str | None = None,
+    decayed_erase: bool = False,
+    input_leaf: str | None = None,
+) -> FactoredTransformation:
+    """Delta gradient descent: gradient descent that also forgets along the direction it writes.
+
+    One token with input k and output error d, for row vectors (S = W^T):
+
+        S <- (alpha I - eta' k k^T) S - eta' k d^T        eta' = eta / (1 + eta ||k||^2)
+
+    which for alpha = 1 is the exact minimiser of 1/2 ||k S + d||^2 + 1/(2 eta) ||S' - S||^2. Over a chunk the
+    errors are those at the chunk's start and the product over tokens runs on the weights themselves.
+    With momentum the write accumulates, Z <- mu Z - eta' k d^T, and Z is what is added.
+
+    Args:
+        learning_rate: eta where no `eta` extra argument is given.
+        exact: eta' as above; False uses eta itself, as (88) is printed.
+        decay: keep the k k^T term; False is plain gradient descent with the same step sizes.
+        momentum: mu, or "gate" to take it per token from the extra argument `mu`.
+        decayed_erase: erase from the already decayed state, (I - eta' k k^T) alpha S, as Gated DeltaNet does.
+        input_leaf: name of the weight whose key sets the step size for all; only that weight decays along its
+            key (spec S7.6). None: each weight uses its own key (S7.7).
+
+    Returns:
+        A transformation. Updates may be a tree of `Outer` ([..., C, K] and [..., C, V], any C), with extra
+        arguments `eta`, `alpha`/`log_alpha`, `mu`/`log_mu` of shape [..., C] or scalars; or dense gradients
+        [K, V] with the extra argument `gram`, a tree of key^T key [K, K], and scalar gates (S3.3, S3.4).
+
+    Raises:
+        TypeError: a dense update without `gram=`.
+        ValueError: neither a learning rate nor an `eta`, or a momentum gate that is missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Outer
+        >>> tx, params = dgd(1.0), {"w": jnp.zeros((2, 1))}
+        >>> error = {"w": Outer(delta=-jnp.ones((1, 1)), key=jnp.array([[1.0, 0.0]]))}
+        >>> updates, _ = tx.update(error, tx.init(params), params)
+        >>> updates["w"].tolist()
+        [[0.5], [0.0]]
+
+    Reference: paper (56)-(57), (88), appendix C; spec sections 3 and 7.4.
+    """
+
+    def eta_of(gates: Gates, shape: tuple[int, ...]) -> jax.Array:
+        value = gates.get("eta")
+        if value is None:
+            value = learning_rate
+        if value is None:
+            raise ValueError("dgd needs a step size: give dgd(learning_rate) or the extra argument eta=")
+        return jnp.broadcast_to(value, shape)
+
+    def proximal(eta: jax.Array, key: jax.Array) -> jax.Array:
+        return eta / (1 + eta * jnp.sum(key * key, axis=-1)) if exact else eta
+
+    def log_mu_of(gates: Gates, shape: tuple[int, ...]) -> jax.Array | None:
+        if momentum is None:
+            return None
+        own: Gates = gates if momentum == "gate" else {"mu": momentum}
+        log_mu = gate(own, "log_mu", shape)
+        if log_mu is None:
+            raise ValueError('dgd(momentum="gate") needs the extra argument mu= (or log_mu=)')
+        return log_mu
+
+    def recurrence(error: Outer, eta: jax.Array, decays: bool, gates: Gates) -> Recurrence:
+        shape = error.key.shape[:-1]
+        log_alpha = gate(gates, "log_alpha", shape)
+        erase = eta if decays else None
+        if erase is not None and decayed_erase and log_alpha is not None:
+            erase = erase * jnp.exp(log_alpha)
+        return Recurrence(error.key, -eta[..., None] * error.delta, erase, log_alpha, log_mu_of(gates, shape))
+
+    def recurrences(errors: Any, gates: Gates) -> Any:
+        def own_key(error: Outer) -> Recurrence:
+            eta = proximal(eta_of(gates, error.key.shape[:-1]), error.key)
+            return recurrence(error, eta, decay, gates)
+
+        if input_leaf is None:
+            return jax.tree.map(own_key, errors, is_leaf=is_outer)
+        if input_leaf not in errors:
+            raise ValueError(f"input_leaf={input_leaf!r} is not a weight of this memory; it has {sorted(errors)}")
+        key = errors[input_leaf].key
+        eta = proximal(eta_of(gates, key.shape[:-1]), key)
+        return {name: recurrence(e, eta, decay and name == input_leaf, gates) for name, e in errors.items()}
+
+    def init(params: Params) -> DGDState:
+        return DGDState(None if momentum is None else jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Params = None, *, gram: Any = None, **gates: Any):
+        if params is None:
+            raise ValueError("dgd needs the current weights: call update(updates, state, params)")
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_outer)
+        if all(map(is_outer, leaves)):
+            return from_factors(updates, state, params, gates)
+        if gram is None:
+            raise TypeError("dgd got a dense gradient: pass Outer(delta, key) factors, or gram= with key^T key")
+        if momentum is not None or input_leaf is not None:
+            raise TypeError("dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients")
+        steps = map(
+            from_gram,
+            leaves,
+            treedef.flatten_up_to(gram),
+            treedef.flatten_up_to(params),
+            [gates] * len(leaves),
+        )
+        return treedef.unflatten(steps), state
+
+    def from_factors(errors: Any, state: Any, params: Params, gates: Gates):
+        outs = kernel_step(recurrences(errors, gates), params, state.momentum)
+        is_out = lambda node: isinstance(node, tuple)  # noqa: E731
+        updates = jax.tree.map(lambda out, p: (out.state - p).astype(p.dtype), outs, params, is_leaf=is_out)
+        new = None if state.momentum is None else jax.tree.map(lambda out: out.momentum, outs, is_leaf=is_out)
+        return updates, DGDState(new)
+
+    def from_gram(g: jax.Array, a: jax.Array, s: jax.Array, gates: Gates) -> jax.Array:
+        eta, alpha = eta_of(gates, ()), gates.get("alpha")
+        if alpha is None:
+            alpha = jnp.exp(gates["log_alpha"]) if gates.get("log_alpha") is not None else 1.0
+        pull = (a @ s if decay else 0.0) + g
+        if exact and decay:
+            step = jnp.linalg.solve(jnp.eye(a.shape[-1], dtype=a.dtype) + eta * a, pull)
+        elif exact:
+            step = pull / (1 + eta * jnp.trace(a, axis1=-2, axis2=-1))
+        else:
+            step = pull
+        return (alpha - 1) * s - eta * step
+
+    form = ChunkForm(recurrences, lambda state: state.momentum, lambda state, z: DGDState(z))
+    return factored(init, update, form)
+
+
+def kernel_step(recurrences: Any, params: Params, momentum: Params | None) -> Any:
+    """Run a tree of recurrences from `params`: a tree of kernel outputs (None, state, momentum)."""
+    recs, treedef = jax.tree.flatten(recurrences, is_leaf=lambda node: isinstance(node, Recurrence))
+    states = treedef.flatten_up_to(params)
+    momenta = [None] * len(recs) if momentum is None else treedef.flatten_up_to(momentum)
+    return treedef.unflatten(list(map(run, recs, states, momenta)))
+
+
+class RetentionState(NamedTuple):
+    start: Params | None  # like the weights; None when the pull is to zero
+
+
+def retention(alpha: float | None = None, towards: str = "zero") -> optax.GradientTransformationExtraArgs:
+    """Keep the fraction alpha of the weights: adds (alpha - 1) (S - target) to the update.
+
+    Args:
+        alpha: RETAINED fraction in (0, 1]; None takes the extra argument `alpha` (or `log_alpha`).
+        towards: "zero", or "start" to decay to the weights seen at `init`.
+
+    Raises:
+        ValueError: alpha outside (0, 1], an unknown target, or no alpha anywhere.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = optax.chain(optax.sgd(0.1), retention(0.5))
+        >>> w = jnp.ones(2)
+        >>> tx.update(jnp.zeros(2), tx.init(w), w)[0].tolist()
+        [-0.5, -0.5]
+
+    Reference: spec 2.4; Titans' forgetting gate is 1 - alpha.
+    """
+    if alpha is not None and not 0 < alpha <= 1:
+        raise ValueError(f"alpha is the RETAINED fraction and must lie in (0, 1]; got {alpha}")
+    if towards not in ("zero", "start"):
+        raise ValueError(f'retention goes towards "zero" or "start"; got {towards!r}')
+
+    def init(params: Params) -> Any:
+        return RetentionState(jax.tree.map(jnp.asarray, params) if towards == "start" else None)
+
+    def update(updates: Any, state: Any, params: Params = None, **gates: Any):
+        kept = alpha if alpha is not None else gates.get("alpha")
+        if kept is None and gates.get("log_alpha") is not None:
+            kept = jnp.exp(gates["log_alpha"])
+        if kept is None:
+            raise ValueError("retention needs a fraction: give retention(alpha) or the extra argument alpha=")
+        if params is None:
+            raise ValueError("retention needs the current weights: call update(updates, state, params)")
+        target = state.start if state.start is not None else jax.tree.map(jnp.zeros_like, params)
+        return jax.tree.map(lambda u, p, t: u + (kept - 1) * (p - t), updates, params, target), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class HeavyBallState(NamedTuple):
+    momentum: Params  # like the weights
+
+
+def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs:
+    """Momentum in the form of Titans: Z <- mu Z + update, and Z is the update.
+
+    After `optax.sgd(eta)` this is S = mu S - eta grad, M = M + S (T-10). Unlike `optax.trace` it takes its decay
+    per token from the extra argument `mu` (or `log_mu`) when none is given.
+
+    Args:
+        mu: momentum decay in [0, 1); None takes the extra argument.
+
+    Raises:
+        ValueError: mu outside [0, 1), or no mu anywhere.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx, w = optax.chain(optax.sgd(1.0), heavy_ball(0.5)), jnp.zeros(1)
+        >>> u, state = tx.update(jnp.ones(1), tx.init(w), w)
+        >>> tx.update(jnp.ones(1), state, w)[0].tolist()
+        [-1.5]
+
+    Reference: Titans T-9, T-10; paper (33); spec S5.1.
+    """
+    if mu is not None and not 0 <= mu < 1:
+        raise ValueError(f"mu must lie in [0, 1); got {mu}")
+
+    def init(params: Params) -> HeavyBallState:
+        return HeavyBallState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Params = None, **gates: Any):
+        del params
+        kept = mu if mu is not None else gates.get("mu")
+        if kept is None and gates.get("log_mu") is not None:
+            kept = jnp.exp(gates["log_mu"])
+        if kept is None:
+            raise ValueError("heavy_ball needs a decay: give heavy_ball(mu) or the extra argument mu=")
+        z = jax.tree.map(lambda u, m: kept * m + u, updates, state.momentum)
+        return z, HeavyBallState(z)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,149 @@
+"""How a local level writes a chunk of factored errors, and reads weights that change within the chunk.
+
+Two ways with one result: through the delta-rule kernel when the rule has a chunk form, else token by token with the
+rule's own `update`. The second is slow, exact for every optax transformation, and the oracle of the first.
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.chunk_form import ChunkForm, FactoredTransformation, Recurrence, run
+from hope_jax.linear_rules import linear_form
+from hope_jax.types import Level, Memory, Objective, Outer, Params, Write, contract, gram, is_outer
+
+
+def factored_errors(
+    memory: Memory, objective: Objective, params: Params, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The error of every weight of a memory for pairs (key, value), factored: the analytic gradient of the objective.
+
+    A zero `tap` added to each product y = x @ w + tap has the weight's output error as its gradient, and x is the
+    weight's key, so one backward pass through the taps gives every `Outer` (spec 2.3, 3.4).
+
+    Args:
+        memory: the memory.
+        objective: its loss; only `delta` is used.
+        params: its weights, a tree of [..., K, V].
+        key: [..., C, K].
+        value: [..., C, V]; a constant of the inner gradient, differentiable outside.
+
+    Returns:
+        The memory's output for the keys [..., C, V], and a tree like `params` with `Outer` leaves.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def forward(taps: list[jax.Array]) -> tuple[jax.Array, dict[int, jax.Array]]:
+        keys = {}
+
+        def linear(x: jax.Array, i: int) -> jax.Array:
+            keys[i] = x
+            return x @ leaves[i] + taps[i]
+
+        return memory.apply(treedef.unflatten(range(len(leaves))), key, linear=linear), keys
+
+    taps = [jnp.zeros((*key.shape[:-1], w.shape[-1]), w.dtype) for w in leaves]
+    y, backward, keys = jax.vjp(forward, taps, has_aux=True)
+    (deltas,) = backward(objective.delta(y, value))
+    return y, treedef.unflatten([Outer(delta, keys[i]) for i, delta in enumerate(deltas)])
+
+
+@cache
+def chunk_form(level: Level) -> ChunkForm | None:
+    """The chunk form of a level's rule, found once per level; None if the rule must step token by token."""
+    if isinstance(level.tx, FactoredTransformation):
+        return level.tx.form
+    if level.memory is None:
+        return None
+    return linear_form(level.tx, jax.eval_shape(level.memory.init, jax.random.key(0)))
+
+
+def write_chunk(
+    level: Level, running: Params, rule: optax.OptState, write: Write
+) -> tuple[Params, optax.OptState, jax.Array | None]:
+    """Write a chunk into the running weights; answer its queries with them if the level reads them.
+
+    Args:
+        level: a local level.
+        running: weights that hold all writes so far.
+        rule: the state of the level's rule.
+        write: the chunk's errors, gates and queries.
+
+    Returns:
+        New running weights, new rule state, and reads [..., C, V] (None for read="start" or without a query).
+    """
+    form = chunk_form(level)
+    query = None if level.read == "start" else write.query
+    if form is None:
+        return _token_by_token(level, running, rule, write._replace(query=query))
+    is_rec = lambda node: isinstance(node, Recurrence)  # noqa: E731
+    recs, treedef = jax.tree.flatten(form.recurrences(write.error, write.gates), is_leaf=is_rec)
+    states = treedef.flatten_up_to(running)
+    z = form.momentum(rule)
+    momenta: list[Any] = [None] * len(recs) if z is None else treedef.flatten_up_to(z)
+    if query is None:
+        outs = {i: run(*args, mask=write.mask) for i, args in enumerate(zip(recs, states, momenta, strict=True))}
+        y = None
+    else:
+        y, outs = _read_while_writing(level, treedef, recs, states, momenta, write._replace(query=query))
+    running = treedef.unflatten([outs[i].state.astype(s.dtype) for i, s in enumerate(states)])
+    if z is not None:
+        new = [outs[i].momentum.astype(m.dtype) for i, m in enumerate(momenta)]
+        rule = form.with_momentum(rule, treedef.unflatten(new))
+    return running, rule, y
+
+
+def _read_while_writing(level: Level, treedef, recs, states, momenta, write: Write):
+    """Apply the memory with every product a kernel read of that weight's running value (spec 7.3)."""
+    outs = {}
+
+    def linear(x: jax.Array, i: int) -> jax.Array:
+        outs[i] = run(recs[i], states[i], momenta[i], query=x, read=level.read, mask=write.mask)
+        return outs[i].y
+
+    y = level.memory.apply(treedef.unflatten(range(len(recs))), write.query, linear=linear)
+    return y, outs
+
+
+def _token_by_token(level: Level, running: Params, rule: optax.OptState, write: Write):
+    """Step the rule's own `update` once per token with dense gradients. The definition of a local write."""
+    tx = optax.with_extra_args_support(level.tx)
+    if isinstance(level.tx, FactoredTransformation):
+        as_updates = lambda error: error  # noqa: E731
+    else:
+        as_updates = lambda error: jax.tree.map(contract, error, is_leaf=is_outer)  # noqa: E731
+    first = jax.tree.leaves(write.error, is_leaf=is_outer)[0].key
+    axis = first.ndim - 2  # the token axis of keys, values and queries; the last axis of gates
+    leading = first.shape[:-2]
+
+    def tokens(x: jax.Array) -> jax.Array:  # token axis first, kept as an axis of one
+        return jnp.expand_dims(jnp.moveaxis(x, axis, 0), axis + 1)
+
+    def gate(x: jax.Array) -> jax.Array:  # one number per token and leading index, ready to scale [..., K, V]
+        full = jnp.broadcast_to(x, (*leading, first.shape[-2]))
+        return jnp.moveaxis(full, -1, 0).reshape(-1, *leading, *([1, 1] if leading else []))
+
+    def step(carry, token):
+        running, rule = carry
+        error, gates, query, keep = token
+        extra = dict(gates, gram=jax.tree.map(gram, error, is_leaf=is_outer))
+        if isinstance(level.tx, FactoredTransformation):
+            extra = {k: g.reshape(*leading, 1) for k, g in gates.items()}
+        before, old = running, rule
+        updates, rule = tx.update(as_updates(error), rule, running, **extra)
+        running = optax.apply_updates(running, updates)
+        if keep is not None:
+            running, rule = jax.tree.map(lambda a, b: jnp.where(keep, a, b), (running, rule), (before, old))
+        if query is None:
+            return (running, rule), None
+        y = level.memory.apply(before if level.read == "before" else running, query)
+        return (running, rule), jnp.squeeze(y, axis)
+
+    query = None if write.query is None else tokens(write.query)
+    gates = {k: gate(jnp.asarray(g)) for k, g in write.gates.items() if g is not None}
+    xs = (jax.tree.map(tokens, write.error), gates, query, write.mask)
+    (running, rule), y = jax.lax.scan(step, (running, rule), xs)
+    return running, rule, None if y is None else jnp.moveaxis(y, 0, axis)
