@@ -3,16 +3,14 @@
 import sys
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
-from hope_jax.models import count_parameters
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import describe_compressors
 from hope_jax.training.generate import check_prompt, generate_bytes, text_pieces
 from hope_jax.training.loop import Result, train
-from hope_jax.training.overrides import one_line, unknown
+from hope_jax.training.overrides import unknown
 from hope_jax.training.versus import OTHERS, comparison, opponent, train_opponent
 
 SAMPLE_PROMPT_BYTES = 48
@@ -43,7 +41,6 @@ def run_training(
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
         opponent(config)  # refuses before hours of training, not after
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_opening(config), markup=False)
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
     if ours.interrupted:
         return _say_interrupted(ours, again)
@@ -56,19 +53,6 @@ def run_training(
     _show_sample(ours, console)
     console.print(f"wrote {run_dir}: config.yaml, metrics.jsonl, events.*, loss.png, ckpt/", markup=False)
     return True
-
-
-def _opening(config: TrainConfig) -> str:
-    try:
-        parameters = count_parameters(config.model)
-    except (TypeError, ValueError) as error:
-        raise UserError(one_line(error)) from error
-    device = jax.devices()[0].device_kind
-    tokens = config.steps * config.batch_size * config.seq_len
-    return (
-        f"{config.model.name}, {parameters:,} parameters, {config.steps} steps of "
-        f"{config.batch_size} x {config.seq_len} bytes ({tokens / 1e6:.1f} MB) on {device}"
-    )
 
 
 def _say_interrupted(result: Result, again: str) -> bool:

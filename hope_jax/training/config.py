@@ -86,7 +86,7 @@ class TrainConfig:
         _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2")
-        check_sequence_length(self.model, self.seq_len)
+        self._check_model()
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
@@ -106,6 +106,18 @@ class TrainConfig:
         if any(period < 1 for period in self.cms_periods):
             raise UserError(
                 f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4"
+            )
+
+    def _check_model(self) -> None:
+        check_sequence_length(self.model, self.seq_len)
+        if self.model.vocab_size != 256:
+            raise UserError(
+                f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256"
+            )
+        if self.model.name != "hope" and self.seq_len > self.model.max_length:
+            raise UserError(
+                f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
+                f"{self.model.max_length}; make one smaller or the other larger"
             )
 
     @property

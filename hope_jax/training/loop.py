@@ -40,7 +40,7 @@ class Result(NamedTuple):
     @property
     def parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+        return count(self.state.params)
 
 
 def train(
@@ -73,6 +73,7 @@ def train(
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
     claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    console.print(_opening(config, program), markup=False)
     with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
         state = _start(program, checkpoints)
         start = int(state.step)
@@ -88,6 +89,21 @@ def train(
     speed = run.speed or _recorded_speed(run_dir)
     seconds = time.perf_counter() - began
     return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, seconds)
+
+
+def _opening(config: TrainConfig, program: Program) -> str:
+    tokens = config.steps * config.batch_size * config.seq_len
+    devices = list(program.mesh.devices.flat)
+    return (
+        f"{config.model.name}, {count(program.abstract_state.params):,} parameters, {config.steps} steps of "
+        f"{config.batch_size} x {config.seq_len} bytes ({tokens / 1e6:.1f} MB) "
+        f"on {len(devices)} x {devices[0].device_kind}"
+    )
+
+
+def count(params: Any) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _start(program: Program, checkpoints: Checkpoints) -> TrainState:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from hope_jax.optimizers import every
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.sharding import path_string
 
@@ -81,8 +82,4 @@ def _adamw(config: TrainConfig, period: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if period == 1:
-        return adamw
-    from hope_jax.optimizers import every
-
     return every(period, adamw, reduce="mean")

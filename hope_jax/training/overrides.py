@@ -86,12 +86,13 @@ def from_dict[T](default: T, values: Mapping[str, Any]) -> T:
     Raises:
       UserError: a key that the dataclass does not have, or values that it refuses.
     """
-    flat = _flatten(values)
-    known = sorted(leaf_types(type(default)))
-    for key in flat:
-        if key not in known:
-            raise UserError(unknown("key", key, known))
-    return _build(default, flat)
+    kinds = leaf_types(type(default))
+    changes: dict[str, Any] = {}
+    for key, value in _flatten(values).items():
+        if key not in kinds:
+            raise UserError(unknown("key", key, sorted(kinds)))
+        changes[key] = parse(kinds[key], _text(value), key)  # a file is checked like a command line
+    return _build(default, changes)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,12 +101,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = _frozen(value)
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_text(item) for item in value)
+    return "none" if value is None else str(value)
 
 
 def _build[T](default: T, flat: Mapping[str, Any], prefix: str = "") -> T:

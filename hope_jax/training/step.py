@@ -69,7 +69,7 @@ def build_program(config: TrainConfig) -> Program:
     try:
         lm = build_lm(config.model)
         shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(one_line(error)) from error
     placed = shardings(shapes, mesh)
     batch, scalar = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
@@ -127,7 +127,7 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
         loss, grads = accumulated_grad(loss_fn, state.params, tokens_BT, config.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss, optax.global_norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
+        metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

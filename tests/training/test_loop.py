@@ -1,0 +1,261 @@
+"""A run: what it leaves behind, that it continues bit for bit, and how it stops."""
+
+import dataclasses
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hope_jax.training.checkpoint import Checkpoints
+from hope_jax.training.config import MeshConfig, read_config
+from hope_jax.training.data import TrainBatches
+from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.load import load_run
+from hope_jax.training.loop import train
+from hope_jax.training.metrics import MetricsWriter, read_metrics
+from hope_jax.training.progress import Display
+from hope_jax.training.versus import opponent
+
+
+def records(run_dir):
+    """metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in record.items() if key != "tokens_per_second"} for record in read_metrics(run_dir)
+    ]
+
+
+def assert_same_state(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    return train(small, tmp_path_factory.mktemp("whole") / "run")
+
+
+def interrupt_at(monkeypatch, step):
+    """A Ctrl-C while the batch of a step is made."""
+    make = TrainBatches.__getitem__
+
+    def make_and_interrupt(self, index):
+        if index == step:
+            signal.raise_signal(signal.SIGINT)
+        return make(self, index)
+
+    monkeypatch.setattr(TrainBatches, "__getitem__", make_and_interrupt)
+
+
+def test_run_directory(whole):
+    names = {path.name.partition(".tfevents")[0] for path in whole.run_dir.iterdir()}
+    assert names == {"config.yaml", "corpus.json", "metrics.jsonl", "events.out", "loss.png", "ckpt"}
+    assert sorted(path.name for path in (whole.run_dir / "ckpt").iterdir()) == ["4", "6"]  # the two latest
+    assert (whole.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(whole.run_dir.rglob("*.pkl"))
+
+
+def test_records(whole, small):
+    training = [record for record in records(whole.run_dir) if "loss" in record]
+    assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "loss", "bits_per_byte", "grad_norm", "learning_rate"}
+    assert all(set(record) == keys for record in training)
+    assert training[0]["bits_per_byte"] == pytest.approx(8, rel=0.1)  # nothing is known yet
+    evaluations = {r["step"]: r["validation_bits_per_byte"] for r in records(whole.run_dir) if "loss" not in r}
+    assert set(evaluations) == {3, 6}
+    assert evaluations[6] == whole.validation_bpb < evaluations[3]
+
+
+def test_config_of_a_run_names_its_schedule(whole, small):
+    assert read_config(whole.run_dir) == dataclasses.replace(small, decay_steps=6)
+
+
+def test_checkpoint_holds_state_and_position(whole):
+    meta = json.loads((whole.run_dir / "ckpt" / "6" / "meta" / "metadata").read_text())
+    assert meta["data_step"] == 6 and meta["seed"] == 0 and len(meta["corpus_sha256"]) == 64
+    run = load_run(whole.run_dir)
+    assert int(run.state.step) == 6
+    assert_same_state(run.state, whole.state)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, small, tmp_path, monkeypatch, at):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, at)
+        first = train(small, tmp_path / "run")
+    assert first.interrupted and int(first.state.step) == at + 1
+    second = train(small, tmp_path / "run", resume=True)
+    assert not second.interrupted and second.started_at == at + 1
+    assert_same_state(second.state, whole.state)
+    assert records(second.run_dir) == records(whole.run_dir)
+
+
+def test_steps_after_the_last_checkpoint_are_repeated_not_lost(whole, small, tmp_path, monkeypatch):
+    """A run that dies without a word continues from its checkpoint, and its records are in order."""
+
+    def die(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return make(self, step)
+
+    make = TrainBatches.__getitem__
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainBatches, "__getitem__", die)
+        train(small, tmp_path / "run")
+    second = train(small, tmp_path / "run", resume=True)
+    assert second.started_at == 4
+    assert_same_state(second.state, whole.state)
+    assert records(second.run_dir) == records(whole.run_dir)
+
+
+def test_longer_run_keeps_the_schedule(small, tmp_path):
+    train(dataclasses.replace(small, steps=3), tmp_path / "run")
+    longer = train(dataclasses.replace(small, steps=4), tmp_path / "run", resume=True)
+    rates = [record["learning_rate"] for record in records(longer.run_dir) if "loss" in record]
+    assert rates[:2] != rates[2:]
+    assert rates[3] == pytest.approx(small.final_learning_rate, rel=1e-5)
+
+
+def test_finished_run_has_nothing_left_to_do(whole, small):
+    before = records(whole.run_dir)
+    again = train(small, whole.run_dir, resume=True)
+    assert again.started_at == 6 and again.validation_bpb == whole.validation_bpb
+    assert again.tokens_per_second is not None
+    assert records(whole.run_dir) == before
+    with pytest.raises(UserError, match="step 6, beyond steps=5"):
+        train(dataclasses.replace(small, steps=5), whole.run_dir, resume=True)
+
+
+def test_run_directory_of_another_config_is_refused(whole, small):
+    other = dataclasses.replace(small, seed=1)
+    with pytest.raises(UserError, match=r"another config \(seed: 0 there, 1 here\); .*--run DIR") as caught:
+        train(other, whole.run_dir, resume=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"another config \(seed: 0 there, 1 here\); .*--overwrite"):
+        train(other, whole.run_dir)
+    with pytest.raises(UserError, match="continue it with --resume"):
+        train(small, whole.run_dir)
+
+
+def test_resume_without_a_run_and_with_other_text(small, trained, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(small, tmp_path / "none", resume=True)
+    changed = tmp_path / "text.txt"
+    changed.write_text("some text. " * 400)
+    config = dataclasses.replace(small, data=str(changed), steps=1)
+    train(config, tmp_path / "run")
+    changed.write_text("other text. " * 400)
+    with pytest.raises(UserError, match="has changed since it was trained on"):
+        train(dataclasses.replace(config, steps=2), tmp_path / "run", resume=True)
+
+
+def test_overwrite_removes_the_run_and_nothing_else(small, tmp_path):
+    run_dir = tmp_path / "run"
+    train(dataclasses.replace(small, steps=2), run_dir)
+    (run_dir / "notes.txt").write_text("mine")
+    train(dataclasses.replace(small, steps=1, seed=5), run_dir, overwrite=True)
+    assert (run_dir / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (run_dir / "ckpt").iterdir()] == ["1"]
+    assert len(list(run_dir.glob("events.*"))) == 1
+
+
+def test_a_bad_model_or_text_leaves_no_directory(small, tmp_path):
+    with pytest.raises(UserError):
+        train(dataclasses.replace(small, data=str(tmp_path / "none.txt")), tmp_path / "run")
+    with pytest.raises(UserError):
+        train(dataclasses.replace(small, mesh=MeshConfig(tensor=64)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    wild = dataclasses.replace(small, learning_rate=1e30, final_learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(RunFailed, match=r"^step (\d+) gave loss") as caught:
+        train(wild, tmp_path / "run")
+    message = str(caught.value)
+    assert "smaller learning_rate (now 1e+30)" in message and "\n" not in message
+    failed = int(message.split()[1])
+    assert 1 < failed <= 6
+    assert all(np.isfinite(record["loss"]) for record in records(tmp_path / "run") if "loss" in record)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        good = checkpoints.latest_step()
+    assert good is None or good < failed
+    assert ("no checkpoint" in message) if good is None else (f"ckpt/{good};" in message)
+
+
+def test_last_good_checkpoint_is_named(small, tmp_path, monkeypatch):
+    """The loss of step 6 is spoiled on its way to the host; step 4 is saved."""
+    import hope_jax.training.loop as loop
+
+    make = loop.build_program
+
+    def spoiled(config):
+        program = make(config)
+
+        def train_step(state, tokens):
+            bad = int(state.step) == 5
+            state, metrics = program.train_step(state, tokens)
+            return state, metrics._replace(loss=metrics.loss * np.nan) if bad else metrics
+
+        return program._replace(train_step=train_step)
+
+    monkeypatch.setattr(loop, "build_program", spoiled)
+    with pytest.raises(RunFailed, match=r"step 6 gave loss nan.*last good checkpoint is step 4 in .*ckpt/4;"):
+        train(small, tmp_path / "run")
+
+
+def test_run_on_a_mesh_is_loaded_on_one_device(small, tmp_path):
+    config = dataclasses.replace(small, steps=1, mesh=MeshConfig(data=2, fsdp=2))
+    result = train(config, tmp_path / "run")
+    assert len(result.state.step.sharding.device_set) == 4
+    run = load_run(tmp_path / "run")
+    assert len(run.state.step.sharding.device_set) == 1
+    assert_same_state(run.state.params, result.state.params)
+
+
+def test_opponent_has_as_many_parameters(small):
+    from hope_jax.models import count_parameters
+
+    ours = dataclasses.replace(
+        small, model=dataclasses.replace(small.model, name="hope_attention", cms_hidden=(40, 40)), cms_periods=(1, 2)
+    )
+    theirs = opponent(ours)
+    assert theirs.model.name == "transformer" and theirs.cms_periods == ()
+    assert count_parameters(theirs.model) == pytest.approx(count_parameters(ours.model), rel=0.01)
+    assert dataclasses.replace(theirs, model=ours.model, cms_periods=(1, 2)) == ours
+    with pytest.raises(UserError, match="choose one with model=hope"):
+        opponent(small)
+
+
+def test_display_says_the_numbers_without_a_terminal():
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file, Display(console, "hope", steps=100) as display:
+        for step in range(1, 101):
+            display.update(step, 1.0, 1.443, 12_345.6)
+            time.sleep(0)
+    lines = console.export_text().splitlines()
+    assert len(lines) == 20
+    assert lines[-1] == "hope step 100/100  loss 1.000  1.443 bits/byte  12,346 tokens/s"
+
+
+def test_display_on_a_terminal_shows_what_is_left():
+    console = Console(record=True, width=160, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file, Display(console, "hope", steps=100) as display:
+        display.update(40, 1.0, 1.443, 12_345.6)
+        display._progress.refresh()
+    shown = console.export_text()
+    assert "40/100" in shown and "1.443 bits/byte" in shown and "left" in shown
+
+
+def test_records_cut_short_by_a_crash_are_dropped(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, loss=2.0)
+        writer.write(2, loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+        writer.write(2, loss=1.5)
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [2.0, 1.5]

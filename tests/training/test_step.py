@@ -1,0 +1,146 @@
+"""The training step: the same numbers on every mesh, one compile, slow levels, accumulation, the optimizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hope_jax.models import ModelConfig
+from hope_jax.training.config import MeshConfig, TrainConfig
+from hope_jax.training.optimizer import (
+    build_optimizer,
+    decay_mask,
+    learning_rate_schedule,
+    period_labels,
+)
+from hope_jax.training.sharding import path_string
+from hope_jax.training.step import accumulated_grad, build_program
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def model(name, **changes):
+    return ModelConfig(
+        name=name, dim=16, layers=1, heads=2, memory_hidden=8, cms_hidden=(16, 16), max_length=32, **changes
+    )
+
+
+def config(name="transformer", **changes):
+    values = {"model": model(name), "steps": 20, "batch_size": 8, "seq_len": 16, "warmup_steps": 4}
+    return TrainConfig(**values | changes)  # type: ignore[arg-type]
+
+
+def tokens(config, step):
+    rng = np.random.default_rng([7, step])
+    return rng.integers(97, 101, (config.batch_size, config.seq_len + 1)).astype(np.uint8)
+
+
+def run(config, steps):
+    """Losses, final state and program of a number of steps."""
+    program = build_program(config)
+    state, losses = program.init(), []
+    for step in range(steps):
+        state, metrics = program.train_step(state, program.put_batch(tokens(config, step)))
+        losses.append(float(metrics.loss))
+    return np.array(losses), state, program
+
+
+def compare_meshes(name):
+    one, _, program = run(config(name), 20)
+    assert program.train_step._cache_size() == 1
+    assert one[-1] < one[0]
+    eight, state, program = run(config(name, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 20)
+    assert program.train_step._cache_size() == 1
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    # The mesh is used: no device holds all of the training state.
+    sizes = [
+        (leaf.addressable_shards[0].data.size, leaf.size) for leaf in jax.tree.leaves((state.params, state.opt_state))
+    ]
+    assert sum(local for local, _ in sizes) < 0.5 * sum(whole for _, whole in sizes)
+
+
+def test_eight_devices_give_the_loss_curve_of_one():
+    compare_meshes("transformer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hope", "hope_attention"])
+def test_eight_devices_give_the_loss_curve_of_one_for_every_model(name):
+    compare_meshes(name)
+
+
+def test_accumulation_is_the_gradient_of_the_whole_batch():
+    def loss_fn(params, batch):
+        return jnp.tanh(batch @ params["w"]).mean()
+
+    params = {"w": jax.random.normal(jax.random.key(0), (5,))}
+    batch = jax.random.normal(jax.random.key(1), (12, 5))
+    whole = jax.value_and_grad(loss_fn)(params, batch)
+    for pieces in (1, 3, 4):
+        parts = accumulated_grad(loss_fn, params, batch, pieces)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=50 * EPS, atol=EPS), parts, whole)
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """Parameters after each of five steps with CMS periods 1 and 2, and the program."""
+    settings = config("hope_attention", cms_periods=(1, 2), batch_size=2, seq_len=4, steps=8)
+    program = build_program(settings)
+    state = program.init()
+    history = [jax.device_get(state.params)]
+    for step in range(5):
+        state, _ = program.train_step(state, program.put_batch(tokens(settings, step)))
+        history.append(jax.device_get(state.params))
+    return history, program
+
+
+def test_a_slow_level_moves_at_its_steps_and_no_other(levels):
+    history, program = levels
+
+    def moved(level, step):
+        before, after = (history[i]["blocks"]["cms"][f"level_{level}"] for i in (step - 1, step))
+        return any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+
+    assert [moved(0, step) for step in range(1, 6)] == [True] * 5
+    assert [moved(1, step) for step in range(1, 6)] == [False, True, False, True, False]
+    assert program.train_step._cache_size() == 1
+
+
+def test_period_labels_name_the_levels():
+    shapes = {"blocks": {"cms": {"level_0": {"w1": 0}, "level_1": {"w1": 0}, "level_2": {"w1": 0}}, "mixer": 0}}
+    labels = period_labels(shapes, (1, 4))
+    assert labels["blocks"]["cms"]["level_1"]["w1"] == "every_4"
+    others = [labels["blocks"]["mixer"], *(labels["blocks"]["cms"][f"level_{i}"]["w1"] for i in (0, 2))]
+    assert others == ["every_1"] * 3
+
+
+def test_schedule():
+    settings = config(steps=100, warmup_steps=10, learning_rate=1e-2, final_learning_rate=1e-3)
+    rates = np.array([learning_rate_schedule(settings)(step) for step in range(150)])
+    assert 0 < rates[0] < rates[5] < rates[10]
+    np.testing.assert_allclose(rates[[10, 100, 149]], [1e-2, 1e-3, 1e-3], rtol=1e-5)
+    assert np.all(np.diff(rates[10:101]) < 0)
+    slow = np.array([learning_rate_schedule(settings, 4)(step) for step in range(25)])
+    np.testing.assert_allclose(slow, rates[:100:4], rtol=1e-6)
+    assert learning_rate_schedule(config(steps=2, warmup_steps=50))(1) > 0
+
+
+def test_decay_applies_to_matrices_only():
+    shapes = jax.eval_shape(lambda: build_program(config()).init()).params
+    mask = {path_string(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decay_mask(shapes))}
+    assert mask["blocks/mixer/wq"] and mask["blocks/mlp/w_down"]
+    assert not any(mask[path] for path in ("embedding", "final_norm/scale", "blocks/mixer_norm/scale"))
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """The first AdamW step is the same for a gradient and ten times it, once both are beyond the clip."""
+    tx = build_optimizer(config(clip_norm=1e-3, weight_decay=0.0))
+    params = {"w": jnp.ones((2, 3))}
+    grads = {"w": jnp.arange(6.0).reshape(2, 3)}
+    first, state = tx.update(grads, tx.init(params), params)
+    tenfold, state_tenfold = tx.update(jax.tree.map(lambda g: 10 * g, grads), tx.init(params), params)
+    np.testing.assert_allclose(tenfold["w"], first["w"], rtol=50 * EPS)
+    moments = optax.tree.get(state, "mu")["w"]
+    np.testing.assert_allclose(optax.tree.norm(moments), 0.1 * 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.get(state_tenfold, "mu")["w"], moments, rtol=50 * EPS)
