@@ -48,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("preset", help="one of " + ", ".join(PRESETS))
-    train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example model=transformer data=FILE"
-    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example model=transformer data=FILE")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/PRESET)")
     train.add_argument("--resume", action="store_true", help="continue the run in the directory")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
@@ -65,12 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="stream text from a run", allow_abbrev=False)
     generate.add_argument("run", type=Path, metavar="RUN", help="run directory, for example runs/tiny")
     generate.add_argument("--prompt", default="", help="text to continue (default: a new line)")
-    generate.add_argument(
-        "--max-bytes", type=int, default=500, help="length of the continuation (default 500)"
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)"
-    )
+    generate.add_argument("--max-bytes", type=int, default=500, help="length of the continuation (default 500)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest bytes (default: all)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     generate.set_defaults(function=_generate)
@@ -136,9 +130,7 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     from hope_jax.training.command import run_training
     from hope_jax.training.overrides import apply_overrides
 
-    again = shlex.join(
-        ["hope", *(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"]
-    )
+    again = shlex.join(["hope", *(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"])
     finished = run_training(
         apply_overrides(base, arguments.overrides),
         arguments.run or Path("runs") / arguments.preset,

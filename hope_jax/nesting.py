@@ -8,7 +8,7 @@ their `running` weights as it comes, with errors taken at `start`; global levels
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def level(
     chunk_size: int,
     *,
     objective: Objective | None = None,
-    read: str = "start",
+    read: Literal["start", "before", "after"] = "start",
     bptt_chunks: int | None = None,
 ) -> Level:
     """One memory with its rule and its clock.

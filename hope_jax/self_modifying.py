@@ -9,7 +9,7 @@ makes its own tokens. Everything here is for one example.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class SelfModifyingConfig:
     chunk_proj: int = 16  # tokens per write of k, v, eta, alpha, q
     chunk_mem: int = 16  # tokens per write of mem
     stage: int = 3  # 1: only mem is written; 2: all boxes regress v; 3: each its own value
-    read: str = "start"  # "start" of the chunk (94), or running "before" the token's write
+    read: Literal["start", "before"] = "start"  # "start" of the chunk (94), or running "before" the token's write
     adaptive_q: bool = False  # q from a memory instead of a static projection
     static: tuple[str, ...] = ()  # of "k", "v": made by static projections instead of memories
     momentum: float | str | None = 0.9  # mu, "gate", or None

@@ -5,6 +5,8 @@ value [T, V] and the gates named in each docstring [T]; ys [T, V]. With `dgd` on
 whatever the weights, so for those models the chunk size changes nothing but speed.
 """
 
+from typing import Literal
+
 import optax
 
 from hope_jax.memories import linear_memory
@@ -63,5 +65,7 @@ def ttt_linear(key_width: int, value_width: int, chunk_size: int) -> Nest:
     return _nest(key_width, value_width, dgd(exact=False, decay=False), chunk_size, l2_regression)
 
 
-def _nest(key_width: int, value_width: int, tx, chunk_size: int, objective, read: str = "after") -> Nest:
+def _nest(
+    key_width: int, value_width: int, tx, chunk_size: int, objective, read: Literal["start", "after"] = "after"
+) -> Nest:
     return nest(level(linear_memory(key_width, value_width), tx, chunk_size, objective=objective, read=read))

@@ -1,12 +1,16 @@
 """The long-term memory module of Titans (arXiv:2501.00663, T-8 to T-18) as a nest of one level."""
 
+from typing import Literal
+
 from hope_jax.nesting import level, nest
 from hope_jax.objectives import l2_regression
 from hope_jax.transforms import dgd
 from hope_jax.types import Memory, Nest
 
 
-def titans_lmm(memory: Memory, chunk_size: int, *, momentum: bool = True, read: str = "start") -> Nest:
+def titans_lmm(
+    memory: Memory, chunk_size: int, *, momentum: bool = True, read: Literal["start", "before", "after"] = "start"
+) -> Nest:
     """Gradient descent on L2 with momentum and forgetting, errors at the chunk's start.
 
         Z_t = mu_t Z_{t-1} - eta_t grad_t        M_t = alpha_t M_{t-1} + Z_t

@@ -10,7 +10,7 @@ a batch is `jax.vmap`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class Level(NamedTuple):
     tx: optax.GradientTransformation  # the rule: how it is written
     chunk_size: int  # the clock: tokens per write
     objective: Objective | None  # None: a global level, its error is dense and summed over the chunk
-    read: str  # "start" | "before" | "after": which weights answer a query
+    read: Literal["start", "before", "after"]  # which weights answer a query
     bptt_chunks: int | None  # outer gradient truncated after this many writes
 
 

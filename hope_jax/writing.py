@@ -91,7 +91,7 @@ def write_chunk(
         y, outs = _read_while_writing(level, treedef, recs, states, momenta, write._replace(query=query))
     running = treedef.unflatten([outs[i].state.astype(s.dtype) for i, s in enumerate(states)])
     if z is not None:
-        new = [outs[i].momentum.astype(m.dtype) for i, m in enumerate(momenta)]
+        new = [jnp.asarray(outs[i].momentum, m.dtype) for i, m in enumerate(momenta)]
         rule = form.with_momentum(rule, treedef.unflatten(new))
     return running, rule, y
 
