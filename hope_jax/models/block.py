@@ -8,6 +8,7 @@ from flax import nnx
 from .attention import Attention
 from .cms import CMSChain
 from .config import ModelConfig
+from .hope_mixer import HopeMixer
 from .norm import RMSNorm
 from .swiglu import SwiGLU
 
@@ -40,7 +41,9 @@ def _out_gain(config: ModelConfig) -> float:
     return config.branches**-0.5
 
 
-def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
+def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> HopeMixer | Attention:
+    if config.name == "hope":
+        return HopeMixer(config, out_gain=_out_gain(config), rngs=rngs)
     return Attention(
         config.dim,
         config.heads,

@@ -2,12 +2,12 @@
 
 The nest is outside the layers: its error function runs the whole model over one chunk of the fastest clock
 and returns the gradient of the summed next-token loss with respect to each fast level's weights. What was
-carried in from earlier chunks (caches, memories, convolution tails) is an argument of that gradient: a constant
+carried in from earlier chunks (caches, memories, convolution tails) is an argument of that gradient: constant
 for the write, and still differentiable for the outer optimizer.
 
 The unit of the nest is therefore one chunk of the fastest level, not one token: cutting such a chunk in two
-would make its first half a constant for its second and change the write. Tokens of an unfinished chunk wait in
-`FastState.tokens_BC`, and a chunk is written once the token after it, its last target, has been read. That
+would make its first half a constant for its second and change the write. Tokens of an unfinished chunk wait
+in `FastState.tokens_BC`, and a chunk is written once the token after it, its last target, has been read. That
 token is also the first that may see the new weights, so streaming and training give the same logits.
 """
 
