@@ -3,13 +3,37 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.loop import train
 
 LINES = [f"line {i}: the square of {i} is {i * i}, and its cube is {i**3}.\n" for i in range(400)]
+
+
+@pytest.fixture(scope="session")
+def program_cache(tmp_path_factory) -> Path:
+    """A directory of compiled programs: most runs here are the same run again."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(program_cache):
+    names = {
+        "jax_compilation_cache_dir": str(program_cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for settings in (names, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is names:
+            yield
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +63,7 @@ def small(text_file) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def trained(small, tmp_path_factory) -> Path:
+def trained(small, tmp_path_factory, program_cache) -> Path:
     """The run directory of three steps."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
     train(dataclasses.replace(small, steps=3), run_dir)

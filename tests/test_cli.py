@@ -1,0 +1,192 @@
+"""The command line: what a user types, what comes back, and every mistake as one line with a remedy."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hope_jax.cli import main
+from hope_jax.training.presets import PRESETS
+
+SMALL = [
+    *("model=transformer", "model.dim=16", "model.layers=1", "model.max_length=128", "batch_size=2", "seq_len=16"),
+    *("steps=3", "warmup_steps=1", "eval_every=2", "final_eval_batches=2", "sample_bytes=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"the square of {i} is {i * i}.\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(text_file):
+    return ["train", "smoke", *SMALL, f"data={text_file}"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*small, "--run", str(path)]) == 0
+    return path
+
+
+def hope(*words, **options):
+    """The real command in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "hope_jax", *map(str, words)], capture_output=True, text=True, env=environment, **options
+    )
+
+
+def fails(capsys, *words):
+    """The one line of stderr that a mistake leaves."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hope: ") and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    return captured.err
+
+
+def test_help_lists_presets_and_does_not_wait_for_orbax():
+    code = (
+        "import sys; from hope_jax.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print([name for name in ('orbax', 'datasets', 'grain', 'flax', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^  {name} .*\w", done.stdout, re.M) for name in PRESETS)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_a_mistake_has_status_2_and_no_traceback():
+    done = hope("train", "tniy")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"hope: unknown preset 'tniy'; did you mean 'tiny'? there are: {', '.join(PRESETS)}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required"),
+        (["trian", "tiny"], "'train'"),
+        (["train"], "preset"),
+        (["train", "tiny", "stps=3"], "did you mean 'steps'"),
+        (["train", "tiny", "--run", "x", "stps=3"], "did you mean 'steps'"),
+        (["train", "tiny", "steps=many"], "steps=many: expected a whole number"),
+        (["train", "tiny", "model=hopee"], "did you mean 'hope'"),
+        (["train", "tiny", "model.cms_chunks=4,6"], "[4, 6]"),
+        (["train", "tiny", "data=/nowhere/text.txt"], "no such file: /nowhere/text.txt"),
+        (["train", "tiny", "--resum"], "did you mean --resume?"),
+        (["train", "tiny", "--versus", "gpt"], "there are: transformer"),
+        (["train", "tiny", "model=transformer", "--versus", "transformer"], "choose one with model=hope"),
+        (["train", "tiny_transformer", "--resume", "--run", "/nowhere/run"], "leave out --resume"),
+        (["train", "tiny_transformer", "mesh.tensor=512"], "needs 512 devices"),
+        (["eval", "/nowhere/run"], "--data"),
+        (["eval", "/nowhere/run", "--data", __file__], "not a run directory"),
+        (["eval", "/nowhere/run", "--dta", __file__], "--data"),
+        (["generate", "/nowhere/run"], "not a run directory"),
+        (["generate", "/nowhere/run", "--top-k", "x"], "--top-k"),
+        (["generate", "/nowhere/run", "steps=3"], "unknown argument 'steps=3'"),
+    ],
+)
+def test_mistakes(capsys, words, message):
+    assert message in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"\x89PNG\r\n\0\0", "looks binary"), (b"short", "give a longer text")],
+)
+def test_unusable_data(capsys, tmp_path, content, message):
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    line = fails(capsys, "train", "smoke", "model=transformer", f"data={path}", "--run", tmp_path / "run")
+    assert message in line
+    if content != b"short":
+        assert str(path) in line
+
+
+def test_train_ends_with_a_sample_and_the_path(small, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main([*small, "--run", str(run_dir)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert lines[-1].startswith(f"wrote {run_dir}: config.yaml")
+    assert re.search(r"validation: \d\.\d{3} bits per byte after .*gzip \d\.\d{3}, xz \d\.\d{3}", captured.out)
+    assert "training bytes" in captured.out and "sample" in captured.out
+
+
+def test_resume_eval_and_generate(small, run_dir, text_file, capsys):
+    capsys.readouterr()
+    assert main([*small, "--run", str(run_dir), "--resume", "steps=5"]) == 0
+    assert "step 5/5" in capsys.readouterr().out
+    assert main(["eval", str(run_dir), "--data", str(text_file)]) == 0
+    assert re.match(rf"{text_file}: \d\.\d{{3}} bits per byte over [\d,]+ bytes", capsys.readouterr().out)
+    assert main(["generate", str(run_dir), "--prompt", "the square", "--max-bytes", "9"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("the square") and len(out.encode()) >= len("the square") + 9
+
+
+def test_run_of_another_config(small, run_dir, capsys):
+    line = fails(capsys, *small, "seed=7", "--run", run_dir)
+    assert "seed: 0 there, 7 here" in line and "--run DIR" in line
+    assert "--resume" in fails(capsys, *small, "--run", run_dir)
+
+
+def test_prompt_with_unseen_bytes(run_dir, capsys):
+    line = fails(capsys, "generate", run_dir, "--prompt", "naïve")
+    assert "0xAF" in line and "0xC3" in line and "leave them out" in line
+
+
+def test_versus_prints_the_table(small, tmp_path, capsys):
+    words = [*small, "model=hope_attention", "model.cms_hidden=16,16", "--versus", "transformer"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    table = re.findall(r"│ (hope_attention|transformer) +│ +([\d,]+) │ +(\d\.\d{3}) │ +([\d,.-]+) │ +([\d.-]+) │", out)
+    assert [row[0] for row in table] == ["hope_attention", "transformer"]
+    ours, theirs = (int(row[1].replace(",", "")) for row in table)
+    assert abs(ours - theirs) <= 0.01 * ours
+    assert (tmp_path / "run" / "versus" / "transformer" / "config.yaml").exists()
+
+
+def test_failed_run_is_status_1(small, tmp_path, capsys):
+    words = [*small, "learning_rate=1e30", "warmup_steps=0", "--run", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert main(words) == 1
+    line = capsys.readouterr().err
+    assert re.match(r"hope: step \d gave loss .*smaller learning_rate", line) and line.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_resume(small, tmp_path):
+    """A real SIGINT to a real process; what it prints is then typed."""
+    words = [*small, "steps=100000", "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hope_jax", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    records = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (records.exists() and records.read_text().count("\n") > 20):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = re.fullmatch(r"hope: interrupted; step (\d+) is saved in .*; continue with: hope (.*)\n", err)
+    assert found, err
+    step = int(found[1])
+    assert (tmp_path / "run" / "ckpt" / str(step)).is_dir()
+    done = hope(*found[2].split(), f"steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"step {step + 2}/{step + 2}" in done.stdout
