@@ -56,7 +56,7 @@ def lp_regression(p: float, eps: float = 1e-6) -> Objective:
         r = y - v
         if smooth:
             return r * (r * r + smooth**2) ** (p / 2 - 1)
-        return r * jnp.abs(r) ** (p - 2) if p > 2 else r
+        return jnp.sign(r) * jnp.abs(r) ** (p - 1) if p > 2 else r  # finite derivative at r = 0, unlike r |r|^(p-2)
 
     return Objective(loss, delta)
 
