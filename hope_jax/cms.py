@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hope_jax.factors import factored_vjp
 from hope_jax.memories import mlp_memory
 from hope_jax.nesting import nest
-from hope_jax.types import Level, Memory, Nest, Params
+from hope_jax.types import Level, Linear, Memory, Nest, Params
 
 
 def cms_memory(width: int, hidden: int, init_scale: float = 0.5) -> Memory:
@@ -25,6 +26,7 @@ def cms_chain(
     memories: Sequence[Memory],
     params_by_level: Sequence[Params],
     x: jax.Array,
+    linear: Linear = jnp.matmul,
     *,
     norms: Sequence[Callable[[jax.Array], jax.Array]] | None = None,
     residual: bool = True,
@@ -35,12 +37,13 @@ def cms_chain(
         memories: one per level, fastest first.
         params_by_level: their weights.
         x: [..., D].
+        linear: as in `Memory`.
         norms: one function per level; None is `rms_norm` without gains. Gains belong to the outer level.
         residual: False with identity norms is the bare chain of (70).
     """
     norms = norms if norms is not None else [rms_norm] * len(memories)
     for memory, params, norm in zip(memories, params_by_level, norms, strict=True):
-        y = memory.apply(params, norm(x))
+        y = memory.apply(params, norm(x), linear=linear)
         x = x + y if residual else y
     return x
 
@@ -74,14 +77,15 @@ def cms(*levels: Level, loss: Callable[[jax.Array, Any], jax.Array], residual: b
         raise ValueError("levels of a cms need a memory and no objective of their own: its loss is the objective")
     norms = [rms_norm if norm else lambda x: x] * len(levels)
 
-    def total(params_by_level: tuple[Params, ...], chunk: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
-        x, target = chunk
-        y = cms_chain(memories, params_by_level, x, norms=norms, residual=residual)
-        return jnp.sum(loss(y, target)), y
-
     def error(params_by_level: tuple[Params, ...], carry: Any, chunk: tuple[jax.Array, Any]):
-        errors, y = jax.grad(total, has_aux=True)(params_by_level, chunk)
-        return errors, carry, y
+        x, target = chunk
+
+        def forward(refs: tuple[Params, ...], linear: Linear) -> tuple[jax.Array, jax.Array]:
+            y = cms_chain(memories, refs, x, linear, norms=norms, residual=residual)
+            return jnp.sum(loss(y, target)), y
+
+        total, backward, y = factored_vjp(forward, params_by_level, x.shape[:-1])
+        return backward(jnp.ones_like(total)), carry, y
 
     return nest(*levels, error=error)
 

@@ -45,25 +45,24 @@ def level(
 ) -> Level:
     """One memory with its rule and its clock.
 
-        Args:
-            memory: what is remembered with; None if the nest's error function alone knows the weights.
-            tx: the rule, any optax transformation.
-            chunk_size: C, tokens per write; errors are taken at the weights the chunk started with.
-            objective: makes the level local: its errors are factored and per token. None makes it global: its
-                errors are dense, summed over the chunk, and the rule runs once per chunk (paper (71)).
-            read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
-                "after" the token's own write (spec 5.1).
-            bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
+    Args:
+        memory: what is remembered with; None if the nest's error function alone knows the weights.
+        tx: the rule, any optax transformation.
+        chunk_size: C, tokens per write; errors are taken at the weights the chunk started with.
+        objective: makes the level local: its errors are factored and per token. None makes it global: its
+            errors are dense, summed over the chunk, and the rule runs once per chunk (paper (71)).
+        read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
+            "after" the token's own write (spec 5.1).
+        bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
 
-        Raises:
-            ValueError: chunk_size or bptt_chunks below 1, or an unknown read.
+    Raises:
+        ValueError: chunk_size or bptt_chunks below 1, or an unknown read.
 
-        Example:
-            >>> import optax
-    from jax.core import Tracer
-            >>> from hope_jax import l2_regression, linear_memory
-            >>> level(linear_memory(4, 4), optax.sgd(0.1), 16, objective=l2_regression).chunk_size
-            16
+    Example:
+        >>> import optax
+        >>> from hope_jax import l2_regression, linear_memory
+        >>> level(linear_memory(4, 4), optax.sgd(0.1), 16, objective=l2_regression).chunk_size
+        16
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is a number of tokens, at least 1; got {chunk_size}")
@@ -141,26 +140,34 @@ def nest(
         return NestState(tuple(map(_open, levels, params_by_level)), carry, np.int32(0))
 
     def run(i: int, state, xs):
-        """Whole chunks of level i: scan over them, each running the faster levels and then closing level i."""
+        """Whole chunks of level i: scan over them, each running the faster levels and then closing level i.
+
+        Returns the state, the outputs, and the factored errors of slower levels, which wait for their own chunk.
+        """
         if i < 0:
             return fast(*state, xs)
         n = _length(xs) // sizes[i]
         chunks = jax.tree.map(lambda x: x.reshape(n, sizes[i], *x.shape[1:]), xs)
 
         def body(state, chunk):
-            (states, carry), ys = run(i - 1, state, chunk)
-            return (_close(levels, states, [i]), carry), ys
+            states, carry = state
+            (states, carry), (ys, errors) = run(i - 1, (_begin(levels, states, i), carry), chunk)
+            states, errors = _absorb(states, errors, [i])
+            return (_at_rest(_close(levels, states, [i]), i), carry), (ys, errors)
 
-        state, ys = jax.lax.scan(body, state, chunks)
-        return state, jax.tree.map(lambda y: y.reshape(n * sizes[i], *y.shape[2:]), ys)
+        states, carry = state
+        (states, carry), (ys, errors) = jax.lax.scan(body, (_at_rest(states, i), carry), chunks)
+        ys = jax.tree.map(lambda y: y.reshape(n * sizes[i], *y.shape[2:]), ys)
+        return (_begin(levels, states, i), carry), (ys, jax.tree.map(_join_tokens, errors))
 
     def aligned(state: NestState, xs: Any, phase: int):
         """A call that knows its clock: whole chunks of the slowest levels that fit, pieces at the ends."""
         inner, parts, start = (state.levels, state.carry), [], 0
         for i, length, due in _segments(sizes, phase, _length(xs)):
             part = jax.tree.map(lambda x, a=start, n=length: x[a : a + n], xs)
-            inner, ys = run(i, inner, part)
-            inner = (_close(levels, inner[0], due), inner[1])
+            (states, carry), (ys, errors) = run(i, inner, part)
+            states, _ = _absorb(states, errors, range(len(levels)))
+            inner = (_close(levels, states, due), carry)
             parts.append(ys)
             start += length
         ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts) if len(parts) > 1 else parts[0]
@@ -170,7 +177,9 @@ def nest(
         """A call that does not know its clock: one token a piece, boundaries by selection."""
 
         def body(state: NestState, x):
-            (states, carry), y = fast(state.levels, state.carry, jax.tree.map(lambda a: a[None], x))
+            piece_of_one = jax.tree.map(lambda a: a[None], x)
+            (states, carry), (y, errors) = fast(state.levels, state.carry, piece_of_one)
+            states, _ = _absorb(states, errors, range(len(levels)))
             phase = state.phase + 1
             due = [phase % c == 0 for c in sizes]
             closed = _close(levels, states, range(len(levels)))
@@ -234,6 +243,22 @@ def _open(lev: Level, params: Params) -> LevelState:
     )
 
 
+def _at_rest(states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
+    """Level i between two chunks, where `running` is `start` and `pending` is zero: only `start` is carried."""
+    return tuple(s._replace(running=None, pending=None) if j == i else s for j, s in enumerate(states))
+
+
+def _begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
+    """Level i at the start of a chunk, from its weights at rest."""
+    start = states[i].start
+    local = levels[i].objective is not None
+    fresh = states[i]._replace(
+        running=start if local else None,
+        pending=None if local else jax.tree.map(jnp.zeros_like, start),
+    )
+    return tuple(fresh if j == i else s for j, s in enumerate(states))
+
+
 def _close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
     return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
 
@@ -257,24 +282,50 @@ def _close_one(lev: Level, state: LevelState) -> LevelState:
 
 
 def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) -> Callable:
-    """One piece of at most the fastest chunk: evaluate the errors, hand each level its own, read."""
+    """One piece of at most the fastest chunk: evaluate the errors, hand each level its own, read.
+
+    Local levels write at once. Dense errors of global levels are added to `pending`; their factored errors are
+    returned, so that a slow level contracts them once for its whole chunk.
+    """
 
     def piece(states: tuple[LevelState, ...], carry: Any, xs: Any):
         errors, carry, ys = error(tuple(s.start for s in states), carry, xs)
-        new, reads = [], []
+        new, reads, waiting = [], [], []
         for lev, state, err in zip(levels, states, errors, strict=True):
             write = err if isinstance(err, Write) else Write(err)
+            read = later = None
             if state.running is not None:
-                running, rule, y = write_chunk(lev, state.running, state.rule, write)
-                state, read = state._replace(running=running, rule=rule), y
+                running, rule, read = write_chunk(lev, state.running, state.rule, write)
+                state = state._replace(running=running, rule=rule)
+            elif all(map(is_outer, jax.tree.leaves(write.error, is_leaf=is_outer))):
+                later = write.error
             else:
-                dense = jax.tree.map(lambda e: contract(e) if is_outer(e) else e, write.error, is_leaf=is_outer)
-                state, read = state._replace(pending=jax.tree.map(jnp.add, state.pending, dense)), None
+                state = _add(state, write.error)
             new.append(state)
             reads.append(read)
-        return (tuple(new), carry), output(ys, tuple(reads)) if output else ys
+            waiting.append(later)
+        return (tuple(new), carry), (output(ys, tuple(reads)) if output else ys, tuple(waiting))
 
     return piece
+
+
+def _add(state: LevelState, error: Any) -> LevelState:
+    """Add an error, dense or factored, to what is pending."""
+    dense = jax.tree.map(lambda e: contract(e) if is_outer(e) else e, error, is_leaf=is_outer)
+    return state._replace(pending=jax.tree.map(jnp.add, state.pending, dense))
+
+
+def _absorb(states: tuple[LevelState, ...], errors: tuple, which) -> tuple[tuple[LevelState, ...], tuple]:
+    """Add the waiting factored errors of some levels to what is pending; the others go on waiting."""
+    mine = [j in which and e is not None for j, e in enumerate(errors)]
+    states = tuple(_add(s, e) if m else s for s, e, m in zip(states, errors, mine, strict=True))
+    return states, tuple(None if m else e for e, m in zip(errors, mine, strict=True))
+
+
+def _join_tokens(factor: jax.Array) -> jax.Array:
+    """Factors of N pieces [N, ..., C, K] as those of one [..., N C, K]."""
+    x = jnp.moveaxis(factor, 0, -3)
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _local_error(levels: tuple[Level, ...]) -> Callable:

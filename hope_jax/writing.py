@@ -12,17 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from hope_jax.chunk_form import ChunkForm, FactoredTransformation, Recurrence, run
+from hope_jax.factors import factored_vjp
 from hope_jax.linear_rules import linear_form
-from hope_jax.types import Level, Memory, Objective, Outer, Params, Write, contract, gram, is_outer
+from hope_jax.types import Level, Linear, Memory, Objective, Params, Write, contract, gram, is_outer
 
 
 def factored_errors(
     memory: Memory, objective: Objective, params: Params, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """The error of every weight of a memory for pairs (key, value), factored: the analytic gradient of the objective.
-
-    A zero `tap` added to each product y = x @ w + tap has the weight's output error as its gradient, and x is the
-    weight's key, so one backward pass through the taps gives every `Outer` (spec 2.3, 3.4).
+    """The error of every weight of a memory for pairs (key, value): the analytic gradient of the objective.
 
     Args:
         memory: the memory.
@@ -34,21 +32,12 @@ def factored_errors(
     Returns:
         The memory's output for the keys [..., C, V], and a tree like `params` with `Outer` leaves.
     """
-    leaves, treedef = jax.tree.flatten(params)
 
-    def forward(taps: list[jax.Array]) -> tuple[jax.Array, dict[int, jax.Array]]:
-        keys = {}
+    def forward(refs: Params, linear: Linear) -> tuple[jax.Array, None]:
+        return memory.apply(refs, key, linear=linear), None
 
-        def linear(x: jax.Array, i: int) -> jax.Array:
-            keys[i] = x
-            return x @ leaves[i] + taps[i]
-
-        return memory.apply(treedef.unflatten(range(len(leaves))), key, linear=linear), keys
-
-    taps = [jnp.zeros((*key.shape[:-1], w.shape[-1]), w.dtype) for w in leaves]
-    y, backward, keys = jax.vjp(forward, taps, has_aux=True)
-    (deltas,) = backward(objective.delta(y, value))
-    return y, treedef.unflatten([Outer(delta, keys[i]) for i, delta in enumerate(deltas)])
+    y, backward, _ = factored_vjp(forward, params, key.shape[:-1])
+    return y, backward(objective.delta(y, value))
 
 
 @cache

@@ -1,0 +1,80 @@
+"""`python -m benchmarks [NAME ...] [--json FOLDER]`: tables with ratios, side by side in one process.
+
+delta_rule      the chunked delta rule against the token loop
+nest            three levels in a nest, against a token scan with lax.cond and against optax.MultiSteps
+self_modifying  one self-modifying Titans layer, tokens per second
+language_model  a training step of Hope against a Transformer with as many parameters; memory by length
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import language_model, nest, self_modifying
+from hope_jax.models import ModelConfig
+from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
+from hope_kernels.delta_rule import bench as delta_rule_bench
+
+
+def run_delta_rule() -> list[Timing]:
+    return delta_rule_bench.run(["layer"], ["xla"], repeats=5)
+
+
+def run_nest() -> list[Timing]:
+    programs, params = nest.cases()
+    base = "token scan, lax.cond"
+    return time_side_by_side(programs, params, case="nest 4/16/64, 4096 tokens", base=base, repeats=5)
+
+
+def run_self_modifying() -> list[Timing]:
+    forward, both, args = self_modifying.layer()
+    functions = {"forward": forward, "forward+backward": both}
+    timings = time_side_by_side(functions, args, case="self-modifying, 512 tokens", base="forward", repeats=7)
+    for t in timings:
+        print(f"{t.case} {t.implementation}: {512 / t.median:,.0f} tokens/s")
+    return timings
+
+
+def run_language_model() -> list[Timing]:
+    config = ModelConfig(name="hope", dim=128, layers=2, heads=4, cms_hidden=(256, 256), chunk_proj=16, chunk_mem=16)
+    functions, tokens = language_model.steps(config)
+    timings = time_side_by_side(functions, tokens, case="training step, 4 x 512", base="transformer", repeats=7)
+    for t in timings:
+        print(f"{t.case} {t.implementation}: {4 * 512 / t.median:,.0f} tokens/s")
+    for length, size in language_model.backward_bytes(config, (256, 512, 1024, 2048)).items():
+        print(
+            f"training step, 1 x {length}: {size / 2**20:.1f} MiB of temporaries, {size / length / 1024:.1f} KiB a token"
+        )
+    return timings
+
+
+RUNS = {
+    "delta_rule": run_delta_rule,
+    "nest": run_nest,
+    "self_modifying": run_self_modifying,
+    "language_model": run_language_model,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Plain)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; default all")
+    parser.add_argument("--json", type=Path, help="also write one file per benchmark into this folder")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(RUNS)
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+    print(machine_line())
+    for name in options.names or RUNS:
+        timings = RUNS[name]()
+        print(table(timings), end="\n\n", flush=True)
+        if options.json:
+            options.json.mkdir(parents=True, exist_ok=True)
+            write_json(options.json / f"{name}.json", timings)
+
+
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """The description above, as it is."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Factored gradients: the `Outer` factors of every weight in one backward pass (spec 2.3, 3.4).
+
+A zero `tap` is added to each product, y = x @ w + tap. Its gradient is the error at the weight's output and x is the
+weight's key, so the gradient with respect to the taps gives all factors and no dense gradient is ever built.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.types import Linear, Outer, Params
+
+
+def factored_vjp(
+    forward: Callable[[Params, Linear], tuple[Any, Any]], params: Params, tokens: tuple[int, ...]
+) -> tuple[Any, Callable[[Any], Any], Any]:
+    """`jax.vjp` with respect to weights, factored.
+
+    Args:
+        forward: `forward(refs, linear) -> (out, aux)`, where refs is a tree like `params` and each weight is used
+            exactly once, by `linear(x[*tokens, K], ref) -> [*tokens, V]`; pass it on as `Memory.apply`'s `linear`.
+        params: weights, a tree of [..., K, V].
+        tokens: shape of every x without its last axis, [..., C].
+
+    Returns:
+        out, a function from out's cotangent to a tree like `params` with `Outer` leaves, and aux.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import contract
+        >>> w, x = {"w": jnp.ones((2, 1))}, jnp.ones((3, 2))
+        >>> out, backward, _ = factored_vjp(lambda refs, linear: (linear(x, refs["w"]).sum(), None), w, (3,))
+        >>> contract(backward(1.0)["w"]).tolist()
+        [[3.0], [3.0]]
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def tapped(taps: list[jax.Array]) -> tuple[Any, tuple[Any, dict[int, jax.Array]]]:
+        keys = {}
+
+        def linear(x: jax.Array, i: int) -> jax.Array:
+            keys[i] = x
+            return x @ leaves[i] + taps[i]
+
+        out, aux = forward(treedef.unflatten(range(len(leaves))), linear)
+        return out, (aux, keys)
+
+    taps = [jnp.zeros((*tokens, w.shape[-1]), w.dtype) for w in leaves]
+    out, backward, (aux, keys) = jax.vjp(tapped, taps, has_aux=True)
+
+    def factors(cotangent: Any) -> Any:
+        (deltas,) = backward(cotangent)
+        return treedef.unflatten([Outer(delta, keys[i]) for i, delta in enumerate(deltas)])
+
+    return out, factors, aux
