@@ -8,6 +8,7 @@ In the words of the nest: two levels, the projections at `chunk_proj` and `mem` 
 makes its own tokens. Everything here is for one example.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,9 +175,9 @@ def _init(config: SelfModifyingConfig, memory: Memory, key: jax.Array) -> Params
     if heads > 1:
         params["in_proj"] = square()
     params["static"] = {name: square() for name in config.statics}
-    params["gates"] = {"eta": read_out(float(jnp.log(jnp.expm1(config.eta_init))))}
+    params["gates"] = {"eta": read_out(math.log(math.expm1(config.eta_init)))}
     if config.retention or config.stage > 1:
-        params["gates"]["alpha"] = read_out(float(jax.scipy.special.logit(config.alpha_init)))
+        params["gates"]["alpha"] = read_out(math.log(config.alpha_init / (1 - config.alpha_init)))
     if config.momentum == "gate":
         params["gates"]["mu"] = read_out(0.0)
     if config.conv_window:
