@@ -21,8 +21,13 @@ def numpy64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+def compiled(function, **options):
+    """`jax.jit` for programs that run once: the compiler's optimizations would take longer than they save."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
 def assert_close(got, want, atol=TIGHT):
-    """Trees of the same structure, equal to `atol`, with nothing in single precision on the way."""
+    """Trees of the same structure, equal to `atol`."""
     got_leaves, got_def = jax.tree.flatten(got)
     want_leaves, want_def = jax.tree.flatten(want)
     assert got_def == want_def

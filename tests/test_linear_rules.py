@@ -1,0 +1,106 @@
+"""Which optax transformations run chunk-parallel, and that those give what their own token loop gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hope_jax.writing
+from hope_jax import Tokens, dgd, heavy_ball, l2_regression, level, mlp_memory, nest, retention
+from hope_jax.linear_rules import linear_form
+from tests.oracles import assert_close, compiled, float64
+
+K, F, T, C = 3, 4, 8, 4
+MEMORY = mlp_memory(K, F)
+SHAPES = jax.eval_shape(MEMORY.init, jax.random.key(0))
+
+LINEAR = {
+    "sgd": optax.sgd(0.1),
+    "sgd_momentum": optax.sgd(0.1, 0.9),
+    "weight_decay": optax.chain(optax.sgd(0.1), optax.add_decayed_weights(-0.05)),
+    "decay_before_step": optax.chain(optax.add_decayed_weights(0.3), optax.sgd(0.1)),
+    "lmm": optax.chain(optax.sgd(0.1), heavy_ball(0.8), retention(0.9)),
+    "trace": optax.chain(optax.trace(0.5), optax.scale(-0.2)),
+    "masked": optax.chain(optax.masked(optax.scale(0.5), {"w1": True, "w2": False}), optax.sgd(0.1)),
+    "partitioned": optax.partition({"a": optax.sgd(0.1), "b": optax.sgd(0.3)}, {"w1": "a", "w2": "b"}),
+}
+GATED = {
+    "retention": (optax.chain(optax.sgd(0.1), retention()), ("alpha",)),
+    "lmm_gates": (optax.chain(optax.sgd(0.1), heavy_ball(), retention()), ("mu", "alpha")),
+}
+NOT_LINEAR = {
+    "adam": optax.adam(0.1),
+    "rmsprop": optax.rmsprop(0.1),
+    "nesterov": optax.sgd(0.1, 0.9, nesterov=True),
+    "clip": optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+    "global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "schedule": optax.sgd(optax.linear_schedule(0.1, 0.0, 10)),
+    "centralize": optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "ema": optax.chain(optax.ema(0.9), optax.sgd(0.1)),
+    "sign": optax.chain(optax.sign(), optax.sgd(0.1)) if hasattr(optax, "sign") else optax.sign_sgd(0.1),
+    "decay_into_momentum": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, 0.9)),
+    "two_momenta": optax.chain(optax.trace(0.5), optax.trace(0.9), optax.scale(-0.1)),
+    "pull_to_the_start": optax.chain(optax.sgd(0.1), retention(0.9, "start")),
+    "too_much_decay": optax.chain(optax.sgd(0.1), optax.add_decayed_weights(-1.5)),
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *GATED])
+def test_recognises_linear_rules(name):
+    tx = LINEAR[name] if name in LINEAR else GATED[name][0]
+    assert linear_form(tx, SHAPES) is not None
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_leaves_the_rest_to_the_token_loop(name):
+    assert linear_form(NOT_LINEAR[name], SHAPES) is None
+
+
+def test_recognises_inside_jit():
+    @jax.jit
+    def recognised(x):
+        assert linear_form(optax.sgd(0.1, 0.9), SHAPES) is not None
+        return x
+
+    recognised(jnp.zeros(()))
+
+
+def test_a_rule_without_weights_has_no_form():
+    assert linear_form(optax.sgd(0.1), {}) is None
+
+
+@pytest.fixture
+def tokens(x64, rng):
+    """Keys, values, queries and every gate, with two masked tokens, one of them inside a chunk."""
+    key, value, query = rng.normal(size=(3, T, K))
+    eta, alpha, mu = rng.uniform(0.1, 0.4, T), rng.uniform(0.6, 0.95, T), rng.uniform(0.1, 0.9, T)
+    return Tokens(key, value, query, eta=eta, alpha=alpha, mu=mu, mask=np.arange(T) % 7 != 2)
+
+
+def _both_ways(tx, tokens, read, monkeypatch):
+    """(state, reads) with the chunk form and with the rule's own update called token by token."""
+    n = nest(level(MEMORY, tx, C, objective=l2_regression, read=read))
+    params = float64(n.params(jax.random.key(0)))
+    fast = compiled(lambda p, xs: n.apply(n.init(p), xs))(params, tokens)
+    monkeypatch.setattr(hope_jax.writing, "chunk_form", lambda level: None)
+    slow = compiled(lambda p, xs: n.apply(n.init(p), xs))(params, tokens)
+    return fast, slow
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [("sgd_momentum", "after"), ("weight_decay", "start"), ("partitioned", "before"), ("lmm_gates", "before")],
+)
+def test_chunk_form_is_the_token_loop(name, read, tokens, monkeypatch):
+    """Reads, weights, and the rule's own state: the momentum that comes out is optax' own, not the kernel's Z."""
+    tx, needs = GATED.get(name) or (LINEAR[name], ())
+    tokens = tokens._replace(**{g: None for g in ("eta", "alpha", "mu") if g not in needs})
+    fast, slow = _both_ways(tx, tokens, read, monkeypatch)
+    assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("options", [{"momentum": "gate"}, {"input_leaf": "w2", "decayed_erase": True}])
+def test_dgd_on_a_chunk_is_dgd_token_by_token(options, tokens, monkeypatch):
+    fast, slow = _both_ways(dgd(**options), tokens, "before", monkeypatch)
+    assert_close(fast, slow)
