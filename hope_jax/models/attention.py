@@ -62,12 +62,7 @@ class Attention(nnx.Module):
         cache, seen, usable_B = _write(cache, k_BTHK, v_BTHK, mask_BT, phase)
         slot = jnp.arange(seen.key_BSHK.shape[1], dtype=jnp.int32)
         allowed_BTS = (slot[None, None, :] <= position_BT[:, :, None]) & seen.valid_BS[:, None, :]
-        y_BTHK = jax.nn.dot_product_attention(
-            q_BTHK,
-            seen.key_BSHK.astype(q_BTHK.dtype),
-            seen.value_BSHK.astype(q_BTHK.dtype),
-            mask=allowed_BTS[:, None],
-        )
+        y_BTHK = _attend(q_BTHK, seen.key_BSHK, seen.value_BSHK, allowed_BTS)
         y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(r_BTD.shape), 0)
         return cache, matmul(jnp.where(usable_B[:, None, None], y_BTD, jnp.nan), self.wo)
 
@@ -80,6 +75,19 @@ class Attention(nnx.Module):
                 f"{(phase or 0) + length} tokens do not fit the attention cache of {self.capacity}; "
                 f"raise max_length in the model config or shorten the input"
             )
+
+
+def _attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
+    """Softmax attention: products in the dtype of q, softmax and sums in at least float32."""
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    k_BSHK, v_BSHK = k_BSHK.astype(q_BTHK.dtype), v_BSHK.astype(q_BTHK.dtype)
+    score_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=wide)
+    score_BHTS = score_BHTS * q_BTHK.shape[-1] ** -0.5
+    # A finite floor: a row with nothing to attend to (padding) stays finite, and so does its gradient.
+    score_BHTS = jnp.where(allowed_BTS[:, None], score_BHTS, jnp.finfo(wide).min)
+    weight_BHTS = jax.nn.softmax(score_BHTS).astype(q_BTHK.dtype)
+    y_BTHK = jnp.einsum("bhts,bshk->bthk", weight_BHTS, v_BSHK, preferred_element_type=wide)
+    return y_BTHK.astype(q_BTHK.dtype)
 
 
 def _write(

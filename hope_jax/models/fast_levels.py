@@ -82,9 +82,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
             filled_B=jnp.zeros(batch_size, jnp.int32),
         )
 
-    def read(
-        params: Params, state: Any, carry: Any, tokens_BT: jax.Array, mask_BT: jax.Array, phase: int | None
-    ):
+    def read(params: Params, state: Any, carry: Any, tokens_BT: jax.Array, mask_BT: jax.Array, phase: int | None):
         """Run the model over tokens with each row's fast weights: the new carry and the logits."""
 
         def row(levels, carry, tokens_T, mask_T):
@@ -139,8 +137,8 @@ def with_fast_levels(config: ModelConfig) -> LM:
         ahead, logits_B1V = read(params, inner, state.ahead, token_B[:, None], mask_B[:, None], None)
         place_B = jnp.where(due_B, 0, state.filled_B)
         rows = jnp.arange(token_B.shape[0])
-        tokens_BC = state.tokens_BC.at[rows, place_B].set(token_B)
-        mask_BC = state.mask_BC.at[rows, place_B].set(mask_B)
+        tokens_BC = jnp.where(due_B[:, None], 0, state.tokens_BC).at[rows, place_B].set(token_B)
+        mask_BC = jnp.where(due_B[:, None], False, state.mask_BC).at[rows, place_B].set(mask_B)
         return FastState(inner, ahead, tokens_BC, mask_BC, place_B + 1), logits_B1V[:, 0]
 
     def apply(
@@ -156,9 +154,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
         mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
         if phase is not None:
             return known(params, state, tokens_BT, mask_BT, phase)
-        state, logits_TBV = jax.lax.scan(
-            lambda state, x: step(params, state, *x), state, (tokens_BT.T, mask_BT.T)
-        )
+        state, logits_TBV = jax.lax.scan(lambda state, x: step(params, state, *x), state, (tokens_BT.T, mask_BT.T))
         return state, jnp.swapaxes(logits_TBV, 0, 1)
 
     return LM(model.init, init_state, apply, reset_rows(init_state))
@@ -205,9 +201,7 @@ def _run(
 ) -> tuple[Any, jax.Array]:
     """The model on one row with these fast weights."""
     carry = jax.tree.map(lambda leaf: leaf[None], carry)
-    carry, logits_BTV = model.apply(
-        _put(params, weights), carry, tokens_T[None], phase=phase, mask_BT=mask_T[None]
-    )
+    carry, logits_BTV = model.apply(_put(params, weights), carry, tokens_T[None], phase=phase, mask_BT=mask_T[None])
     return jax.tree.map(lambda leaf: leaf[0], carry), logits_BTV[0]
 
 

@@ -48,9 +48,7 @@ class HopeMixer(nnx.Module):
         return state, matmul(y_BTD, self.w_out)
 
     def _memory(self) -> Any:
-        return jax.tree.map(
-            lambda leaf: leaf[...], self.memory, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
-        )
+        return jax.tree.map(lambda leaf: leaf[...], self.memory, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
 def _layer_config(config: ModelConfig) -> SelfModifyingConfig:

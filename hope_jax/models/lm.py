@@ -94,9 +94,7 @@ def reset_rows(init_state: Callable[[Params, int], Any]) -> Callable[[Params, An
 def check_call(state: Any, tokens_BT: jax.Array, phase: int | None, mask_BT: jax.Array | None) -> None:
     """Refuse tokens that are not `[B, T]` integers, a state of another batch, a wrong mask or phase."""
     if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise TypeError(
-            f"tokens must be integers of shape [batch, time]; got {tokens_BT.dtype}{list(tokens_BT.shape)}"
-        )
+        raise TypeError(f"tokens must be integers of shape [batch, time]; got {tokens_BT.dtype}{list(tokens_BT.shape)}")
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(state)}
     if rows != {tokens_BT.shape[0]}:
         raise ValueError(
@@ -104,9 +102,7 @@ def check_call(state: Any, tokens_BT: jax.Array, phase: int | None, mask_BT: jax
             f"init_state(params, {tokens_BT.shape[0]})"
         )
     if mask_BT is not None and (mask_BT.shape != tokens_BT.shape or mask_BT.dtype != bool):
-        raise TypeError(
-            f"mask must be bool of shape {list(tokens_BT.shape)}; got {mask_BT.dtype}{list(mask_BT.shape)}"
-        )
+        raise TypeError(f"mask must be bool of shape {list(tokens_BT.shape)}; got {mask_BT.dtype}{list(mask_BT.shape)}")
     if phase is not None and not (isinstance(phase, int) and phase >= 0):
         raise TypeError(f"phase must be None or a Python integer, 0 or more; got {phase!r}")
 
