@@ -36,9 +36,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory.resolve(), options=options, item_names=("state", "meta")
-        )
+        self._manager = ocp.CheckpointManager(self.directory.resolve(), options=options, item_names=("state", "meta"))
 
     def latest_step(self) -> int | None:
         """The step of the latest complete checkpoint, None before the first."""
@@ -50,9 +48,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         args = self._ocp.args
-        self._manager.save(
-            step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
-        )
+        self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest checkpoint, placed as `abstract_state` says.

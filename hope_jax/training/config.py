@@ -70,9 +70,7 @@ class TrainConfig:
     beta2: float = 0.95
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # global norm of the gradient
-    cms_periods: tuple[
-        int, ...
-    ] = ()  # level i of the CMS steps every cms_periods[i] steps; () means every step
+    cms_periods: tuple[int, ...] = ()  # level i of the CMS steps every cms_periods[i] steps; () means every step
 
     eval_every: int = 100
     eval_batches: int = 8  # of a microbatch each, in evaluations during training
@@ -100,20 +98,14 @@ class TrainConfig:
                 f"make batch_size a multiple of {shards * self.accumulate}"
             )
         if max(self.beta1, self.beta2) >= 1:
-            raise UserError(
-                f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95"
-            )
+            raise UserError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95")
         if any(period < 1 for period in self.cms_periods):
-            raise UserError(
-                f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4"
-            )
+            raise UserError(f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4")
 
     def _check_model(self) -> None:
         check_sequence_length(self.model, self.seq_len)
         if self.model.vocab_size != 256:
-            raise UserError(
-                f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256"
-            )
+            raise UserError(f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256")
         if self.model.name != "hope" and self.seq_len > self.model.max_length:
             raise UserError(
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
@@ -159,9 +151,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        raise UserError(
-            f"{run_dir} is not a run directory (no {CONFIG_FILE}); train one with: hope train tiny"
-        )
+        raise UserError(f"{run_dir} is not a run directory (no {CONFIG_FILE}); train one with: hope train tiny")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -199,9 +199,7 @@ def read_text(path: str | Path) -> bytes:
     if not path.exists():
         raise UserError(f"no such file: {path}; give the path of a UTF-8 text file")
     if path.is_dir():
-        raise UserError(
-            f"{path} is a directory; give one text file (for example: cat {path}/*.txt > all.txt)"
-        )
+        raise UserError(f"{path} is a directory; give one text file (for example: cat {path}/*.txt > all.txt)")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -209,9 +207,7 @@ def read_text(path: str | Path) -> bytes:
     if not data:
         raise UserError(f"{path} is empty; give a text file with some text in it")
     if not is_text(data):
-        raise UserError(
-            f"{path} is not UTF-8 text (it looks binary); convert it first, for example with iconv"
-        )
+        raise UserError(f"{path} is not UTF-8 text (it looks binary); convert it first, for example with iconv")
     return data
 
 

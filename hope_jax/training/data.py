@@ -72,9 +72,7 @@ class EvalBatch(NamedTuple):
     weights: np.ndarray  # [batch, length] float32, 1 where the target counts
 
 
-def eval_batches(
-    data: np.ndarray, *, batch: int, length: int, limit: int | None = None
-) -> Iterator[EvalBatch]:
+def eval_batches(data: np.ndarray, *, batch: int, length: int, limit: int | None = None) -> Iterator[EvalBatch]:
     """Cuts a text into batches in which every byte but the first is a target exactly once.
 
     Args:

@@ -12,9 +12,7 @@ from hope_jax.training.data import eval_batches
 from hope_jax.training.step import Program, bits
 
 
-def evaluate(
-    program: Program, params: Any, data: np.ndarray, config: TrainConfig, limit: int | None = None
-) -> float:
+def evaluate(program: Program, params: Any, data: np.ndarray, config: TrainConfig, limit: int | None = None) -> float:
     """Bits per byte of a text under a model, each window starting with an empty memory.
 
     Args:
@@ -71,6 +69,4 @@ def eval_file(run_dir: Path, path: Path) -> str:
         f"({run_dir} at step {int(run.state.step)}; {describe_compressors(data)})"
     )
     unseen = int((~np.isin(data, read_seen_bytes(run_dir))).sum())
-    return line + (
-        f"\nnote: {unseen:,} of the bytes have values that never occurred in training" if unseen else ""
-    )
+    return line + (f"\nnote: {unseen:,} of the bytes have values that never occurred in training" if unseen else "")

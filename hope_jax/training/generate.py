@@ -69,9 +69,7 @@ def _prefill(lm: Any, params: Any, tokens_BT: np.ndarray) -> tuple[Any, jax.Arra
     return prefill(tokens_BT)
 
 
-def _choose(
-    logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int
-) -> jax.Array:
+def _choose(logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int) -> jax.Array:
     logits_V = jnp.where(allowed_V, logits_V.astype(jnp.float32), -jnp.inf)
     if top_k:
         logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, 256))[0][-1], -jnp.inf, logits_V)

@@ -113,9 +113,7 @@ def _start(program: Program, checkpoints: Checkpoints) -> TrainState:
 
 
 def _recorded_speed(run_dir: Path) -> float | None:
-    speeds = [
-        record["tokens_per_second"] for record in read_metrics(run_dir) if record.get("tokens_per_second")
-    ]
+    speeds = [record["tokens_per_second"] for record in read_metrics(run_dir) if record.get("tokens_per_second")]
     return speeds[-1] if speeds else None
 
 
@@ -214,9 +212,7 @@ class _Run:
 
     def _save(self, state: TrainState) -> None:
         meta: dict[str, Any] = {
-            "data_step": int(
-                state.step
-            ),  # the position of data and random numbers: both follow from (seed, step)
+            "data_step": int(state.step),  # the position of data and random numbers: both follow from (seed, step)
             "seed": self.config.seed,
             "config_hash": config_hash(self.config),
             "corpus_sha256": self.corpus.sha256,

@@ -69,9 +69,7 @@ def plot_loss(run_dirs: dict[str, Path], path: Path) -> None:
             if points:
                 steps, values = zip(*points, strict=True)
                 alpha = 1.0 if marker else 0.4
-                axes.plot(
-                    steps, values, marker=marker, alpha=alpha, color=f"C{colour}", label=f"{label} {name}"
-                )
+                axes.plot(steps, values, marker=marker, alpha=alpha, color=f"C{colour}", label=f"{label} {name}")
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

@@ -26,9 +26,7 @@ LOSS_PLOT = "loss.png"
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
 
 
-def resolve(
-    config: TrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False
-) -> TrainConfig:
+def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> TrainConfig:
     """Checks that a run directory may be used for a config; writes nothing.
 
     Args:
@@ -66,9 +64,7 @@ def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool
         _write_corpus_facts(corpus, run_dir)
         write_config(config, run_dir)
     except OSError as error:
-        raise UserError(
-            f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR"
-        ) from error
+        raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
 
 
 def _taken(config: TrainConfig, run_dir: Path) -> str:

@@ -23,8 +23,13 @@ BATCH = P(("data", "fsdp"))
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),
-    (r"/mixer/w[qkv]$", P("fsdp", "tensor")),  # heads over tensor
-    (r"/mixer/wo$", P("tensor", "fsdp")),
+    (r"/mixer/w[qkv]$|/mixer/w_gate$", P("fsdp", "tensor")),  # heads over tensor
+    (r"/mixer/wo$|/mixer/w_out$", P("tensor", "fsdp")),
+    (r"/memory/(in_proj|static/\w+)$", P("fsdp", "tensor")),
+    (r"/memory/boxes/\w+/w[12]$", P("tensor", "fsdp", None)),  # one matrix per head
+    (r"/memory/conv/\w+$", P("tensor", None)),
+    (r"/memory/gates/\w+/w$", P("tensor", None)),
+    (r"/memory/gates/\w+/b$", P("tensor")),
     (r"/mlp/w_(gate|up)$", P("fsdp", "tensor")),  # hidden width over tensor
     (r"/mlp/w_down$", P("tensor", "fsdp")),
     (r"/cms/level_\d+/w2$", P("fsdp", "tensor")),
@@ -77,10 +82,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tupl
         return P()
     aligned = (None,) * (len(shape) - len(spec)) + tuple(spec)
     return P(
-        *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(aligned, shape, strict=True)
-        )
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(aligned, shape, strict=True))
     )
 
 

@@ -48,9 +48,7 @@ class Program(NamedTuple):
     abstract_state: TrainState  # shapes, dtypes and shardings, for restoring
     init: Callable[[], TrainState]
     train_step: Any  # (state, tokens [batch, T+1] uint8) -> (state, Metrics)
-    eval_step: (
-        Any  # (params, tokens [microbatch, T+1] uint8, weights [microbatch, T]) -> (sum of nats, targets)
-    )
+    eval_step: Any  # (params, tokens [microbatch, T+1] uint8, weights [microbatch, T]) -> (sum of nats, targets)
 
     def put_batch(self, array: np.ndarray) -> jax.Array:
         """A host array with its first axis over the mesh's batch axes."""
@@ -96,7 +94,8 @@ def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDty
 
 def init_state(lm: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
-    params = lm.init(jax.random.key(seed))
+    # A weakly typed leaf would be strong after the first update, and the step would compile a second time.
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
@@ -133,9 +132,7 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
     return train_step
 
 
-def accumulated_grad(
-    loss_fn: Callable, params: Any, tokens_BT: jax.Array, pieces: int
-) -> tuple[jax.Array, Any]:
+def accumulated_grad(loss_fn: Callable, params: Any, tokens_BT: jax.Array, pieces: int) -> tuple[jax.Array, Any]:
     """Mean loss and gradient over a batch, computed in microbatches one after the other.
 
     Microbatch i takes rows i, i + pieces, ...: each device's contiguous rows stay on the device.

@@ -25,9 +25,7 @@ def opponent(config: TrainConfig) -> TrainConfig:
       UserError: the run is a Transformer's already, or no width matches.
     """
     if config.model.name == "transformer":
-        raise UserError(
-            "--versus transformer compares another model with a Transformer; choose one with model=hope"
-        )
+        raise UserError("--versus transformer compares another model with a Transformer; choose one with model=hope")
     model = dataclasses.replace(
         config.model,
         name="transformer",
