@@ -1,0 +1,83 @@
+"""A model config refuses what it cannot build, with the value and the remedy."""
+
+import dataclasses
+
+import pytest
+
+from hope_jax.models import ModelConfig, count_parameters, match_parameters
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "mamba"}, r"name must be one of \('hope', 'hope_attention', 'transformer'\); got 'mamba'"),
+        ({"dim": 30, "heads": 4}, "heads must divide dim; got dim=30, heads=4"),
+        ({"name": "transformer", "dim": 30, "heads": 2}, "even head width; got 15"),
+        ({"layers": 0}, "layers must be a positive integer; got 0"),
+        ({"dim": 64.0}, "dim must be a positive integer; got 64.0"),
+        ({"cms_hidden": ()}, r"cms_hidden needs at least one width; got \(\)"),
+        ({"cms_hidden": (32, 0)}, "each entry of cms_hidden must be a positive integer; got 0"),
+        ({"momentum": 1.0}, "momentum must be None, 'gate' or a number in"),
+        ({"momentum": "gates"}, "got 'gates'"),
+        ({"conv_window": -1}, "conv_window must be 0"),
+        ({"eta_init": 0.0}, "eta_init must be positive; got 0.0"),
+        ({"chunk_proj": 4, "chunk_mem": 6}, "one of chunk_proj, chunk_mem must divide the other; got 4 and 6"),
+        ({"cms_chunks": (4, 6)}, r"chunk sizes must divide, fastest first; got .*\[4, 6\]"),
+        ({"cms_chunks": (8, 4)}, r"chunk sizes must divide, fastest first; got .*\[8, 4\]"),
+        ({"cms_chunks": (2, 4, 8)}, "has more entries than cms_hidden"),
+        ({"name": "transformer", "cms_chunks": (4,)}, "the transformer has no CMS levels"),
+        ({"cms_chunks": (4,), "bptt_chunks": (1, 1)}, "has more entries than there are fast levels"),
+        ({"cms_chunks": (4,), "bptt_chunks": (0,)}, "each entry of bptt_chunks that is not None"),
+        ({"cms_eta": -0.1}, "cms_eta must not be negative; got -0.1"),
+        ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\); got 'float16'"),
+        ({"remat": "all"}, "remat must be one of"),
+        ({"read": "after"}, "read must be one of"),
+        ({"mlp_hidden": 0}, "mlp_hidden must be a positive integer; got 0"),
+        ({"max_length": 0}, "max_length must be a positive integer; got 0"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**fields)
+
+
+def test_lists_from_a_text_file_become_tuples():
+    config = ModelConfig(cms_hidden=[32, 32], cms_chunks=[4])  # pyright: ignore[reportArgumentType]
+    assert (config.cms_hidden, config.cms_chunks) == ((32, 32), (4,))
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_counts_are_the_arithmetic_of_the_architecture():
+    vocab, dim, layers, hidden = 50, 16, 3, 24
+    attention, norms = 4 * dim * dim, 2 * dim
+    config = ModelConfig(name="transformer", vocab_size=vocab, dim=dim, layers=layers, mlp_hidden=hidden)
+    expected = vocab * dim + dim + layers * (attention + norms + 3 * dim * hidden)
+    assert count_parameters(config) == expected
+    assert count_parameters(dataclasses.replace(config, tie_embeddings=False)) == expected + vocab * dim
+    cms = dataclasses.replace(config, name="hope_attention", cms_hidden=(hidden, hidden))
+    level = dim + 2 * dim * hidden
+    assert count_parameters(cms) == vocab * dim + dim + layers * (attention + dim + 2 * level)
+    fast = dataclasses.replace(cms, cms_chunks=(4,))
+    assert count_parameters(fast) == count_parameters(cms)  # a clock is not a parameter
+
+
+@pytest.mark.parametrize("target", [60_000, 100_000, 250_000, 1_000_000])
+def test_transformer_is_fitted_by_its_mlp(target):
+    config = ModelConfig(name="transformer")
+    fitted = match_parameters(config, target)
+    assert abs(count_parameters(fitted) - target) <= 0.01 * target
+    assert dataclasses.replace(fitted, mlp_hidden=None) == config  # the width of the model was enough
+
+
+def test_transformer_is_fitted_by_its_dim_where_the_mlp_cannot_shrink_enough():
+    config = ModelConfig(name="transformer", dim=128, vocab_size=1000)
+    fitted = match_parameters(config, 100_000)  # below embedding and attention of dim 128
+    assert fitted.dim < 128
+    assert abs(count_parameters(fitted) - 100_000) <= 1_000
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(ValueError, match="only a transformer is fitted"):
+        match_parameters(ModelConfig(name="hope"), 100_000)
+    with pytest.raises(ValueError, match="give 2 layers 10 parameters"):
+        match_parameters(ModelConfig(name="transformer", dim=8), 10)
