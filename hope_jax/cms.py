@@ -84,7 +84,7 @@ def cms(*levels: Level, loss: Callable[[jax.Array, Any], jax.Array], residual: b
             y = cms_chain(memories, refs, x, linear, norms=norms, residual=residual)
             return jnp.sum(loss(y, target)), y
 
-        total, backward, y = factored_vjp(forward, params_by_level, x.shape[:-1])
+        total, backward, y = factored_vjp(forward, params_by_level)
         return backward(jnp.ones_like(total)), carry, y
 
     return nest(*levels, error=error)

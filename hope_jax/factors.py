@@ -14,15 +14,14 @@ from hope_jax.types import Linear, Outer, Params
 
 
 def factored_vjp(
-    forward: Callable[[Params, Linear], tuple[Any, Any]], params: Params, tokens: tuple[int, ...]
+    forward: Callable[[Params, Linear], tuple[Any, Any]], params: Params
 ) -> tuple[Any, Callable[[Any], Any], Any]:
     """`jax.vjp` with respect to weights, factored.
 
     Args:
         forward: `forward(refs, linear) -> (out, aux)`, where refs is a tree like `params` and each weight is used
-            exactly once, by `linear(x[*tokens, K], ref) -> [*tokens, V]`; pass it on as `Memory.apply`'s `linear`.
+            exactly once, by `linear(x[..., C, K], ref) -> [..., C, V]`; pass it on as `Memory.apply`'s `linear`.
         params: weights, a tree of [..., K, V].
-        tokens: shape of every x without its last axis, [..., C].
 
     Returns:
         out, a function from out's cotangent to a tree like `params` with `Outer` leaves, and aux.
@@ -31,11 +30,19 @@ def factored_vjp(
         >>> import jax.numpy as jnp
         >>> from hope_jax import contract
         >>> w, x = {"w": jnp.ones((2, 1))}, jnp.ones((3, 2))
-        >>> out, backward, _ = factored_vjp(lambda refs, linear: (linear(x, refs["w"]).sum(), None), w, (3,))
+        >>> out, backward, _ = factored_vjp(lambda refs, linear: (linear(x, refs["w"]).sum(), None), w)
         >>> contract(backward(1.0)["w"]).tolist()
         [[3.0], [3.0]]
     """
     leaves, treedef = jax.tree.flatten(params)
+    refs = treedef.unflatten(range(len(leaves)))
+    products = {}
+
+    def measure(x: jax.Array, i: int) -> jax.Array:
+        products[i] = x @ leaves[i]
+        return products[i]
+
+    jax.eval_shape(lambda: forward(refs, measure))
 
     def tapped(taps: list[jax.Array]) -> tuple[Any, tuple[Any, dict[int, jax.Array]]]:
         keys = {}
@@ -44,10 +51,10 @@ def factored_vjp(
             keys[i] = x
             return x @ leaves[i] + taps[i]
 
-        out, aux = forward(treedef.unflatten(range(len(leaves))), linear)
+        out, aux = forward(refs, linear)
         return out, (aux, keys)
 
-    taps = [jnp.zeros((*tokens, w.shape[-1]), w.dtype) for w in leaves]
+    taps = [jnp.zeros(products[i].shape, products[i].dtype) for i in range(len(leaves))]
     out, backward, (aux, keys) = jax.vjp(tapped, taps, has_aux=True)
 
     def factors(cotangent: Any) -> Any:

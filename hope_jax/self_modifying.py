@@ -20,7 +20,7 @@ from hope_jax.nesting import level, nest
 from hope_jax.objectives import l2_regression
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.transforms import dgd
-from hope_jax.types import Memory, Nest, NestState, Params, Write
+from hope_jax.types import Linear, Memory, Nest, NestState, Params, Write
 from hope_jax.writing import factored_errors
 
 
@@ -46,7 +46,7 @@ class SelfModifyingConfig:
     conv_window: int = 4  # 0: no convolution
     eta_init: float = 0.02
     alpha_init: float = 0.99
-    remat: bool = False  # recompute each chunk in the backward pass
+    remat: bool = True  # recompute each chunk in the backward pass: less memory, and faster on a CPU
 
     def __post_init__(self):
         if self.dim % self.heads:
@@ -100,7 +100,7 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
         A `SequenceLayer`: `init(key) -> params`, `init_state(params) -> state`,
         `apply(params, state, r_TD, phase=None, mask_T=None) -> (state, y_TD)`, where r_TD is the RMS-normalised
         block input, y_TD the reads with heads concatenated, and `phase` as in `nest`. The state is the nest's:
-        per level a stack of boxes w1 [P, H, F, K], w2 [P, H, K, F], carrying the convolutions' tails.
+        per level P boxes side by side, w1 [P, H, F, K] and w2 [H, K, P F], carrying the convolutions' tails.
 
     Raises:
         ValueError: from the config, or chunk sizes of which neither divides the other.
@@ -115,37 +115,71 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
 
     Reference: paper (83)-(88); spec section 7.
     """
-    memory = _memory(config)
-    _nest(config, memory, None)  # chunk sizes that do not divide are refused here
+    _nest(config, {})  # chunk sizes that do not divide are refused here
 
     def init_state(params: Params) -> NestState:
         tail = jnp.zeros((max(config.conv_window - 1, 0), config.heads, config.head_width))
-        starts = tuple(_stack([params["boxes"][name] for name in names]) for _, names in config.groups)
-        return _nest(config, memory, params).init(starts, carry={"q": tail, "k": tail, "v": tail})
+        starts = tuple(_join([params["boxes"][name] for name in names]) for _, names in config.groups)
+        return _nest(config, params).init(starts, carry={"q": tail, "k": tail, "v": tail})
 
     def apply(params: Params, state: NestState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         tokens = _static_elements(config, params, r_TD)
         tokens["mask"] = mask_T
-        state, y_THK = _nest(config, memory, params).apply(state, tokens, phase=phase)
+        state, y_THK = _nest(config, params).apply(state, tokens, phase=phase)
         return state, y_THK.reshape(r_TD.shape)
 
-    return SequenceLayer(lambda key: _init(config, memory, key), init_state, apply)
+    return SequenceLayer(lambda key: _init(config, key), init_state, apply)
 
 
-def _memory(config: SelfModifyingConfig) -> Memory:
+def _box(config: SelfModifyingConfig) -> Memory:
+    """One box of one head."""
     if config.memory == "linear":
         return linear_memory(config.head_width, config.head_width, init_scale=0.5)
     return mlp_memory(config.head_width, config.memory_hidden)
 
 
-def _nest(config: SelfModifyingConfig, memory: Memory, params: Params) -> Nest:
-    """One level per clock; all boxes of a level are one stacked memory."""
+def _side_by_side(config: SelfModifyingConfig) -> Memory:
+    """P boxes as one memory, x[H, C, K] -> y[P, H, C, K].
+
+    All boxes of a head share their keys and gates, so their first matrices stand side by side in one, [H, K, P F],
+    and are written by a single recurrence with a single triangular solve.
+    """
+
+    def split(z: jax.Array, width: int) -> jax.Array:  # [H, C, P F] -> [P, H, C, F]
+        return jnp.moveaxis(z.reshape(*z.shape[:-1], -1, width), -2, 0)
+
+    def apply(params: Params, x: jax.Array, linear: Linear = jnp.matmul) -> jax.Array:
+        if config.memory == "linear":
+            return split(linear(x, params["w"]), config.head_width)
+        h = split(jax.nn.gelu(linear(x, params["w2"])), config.memory_hidden)
+        return x[None] + linear(h, params["w1"])
+
+    return Memory(_box(config).init, apply)
+
+
+def _join(boxes: list[Params]) -> Params:
+    """Boxes [H, ...] side by side: w1 [P, H, F, K] stacked, w2 [H, K, P F] (or w) joined along their outputs."""
+    return {
+        name: jnp.stack([b[name] for b in boxes]) if name == "w1" else jnp.concatenate([b[name] for b in boxes], -1)
+        for name in boxes[0]
+    }
+
+
+def _take(config: SelfModifyingConfig, joined: Params, start: int, stop: int) -> Params:
+    """Boxes start..stop of those that stand side by side."""
+    width = config.head_width if config.memory == "linear" else config.memory_hidden
+    return {name: w[start:stop] if name == "w1" else w[..., start * width : stop * width] for name, w in joined.items()}
+
+
+def _nest(config: SelfModifyingConfig, params: Params) -> Nest:
+    """One level per clock; all boxes of a level are one memory."""
     rule = dgd(
         exact=config.exact,
         decay=config.dgd_decay,
         momentum=config.momentum,
         input_leaf="w2" if config.memory == "mlp" and config.mlp_rule == "input" else None,
     )
+    memory = _side_by_side(config)
     levels = [
         level(memory, rule, size, objective=l2_regression, read=config.read if "mem" in names else "start")
         for size, names in config.groups
@@ -159,13 +193,13 @@ def _output(y_THK: Any, reads: tuple) -> jax.Array:
     return jnp.moveaxis(running[0][0], -2, 0) if running else y_THK
 
 
-def _init(config: SelfModifyingConfig, memory: Memory, key: jax.Array) -> Params:
+def _init(config: SelfModifyingConfig, key: jax.Array) -> Params:
     dim, heads, width = config.dim, config.heads, config.head_width
     names = (*config.projections, "mem")
     keys = iter(jax.random.split(key, 16))
 
     def box() -> Params:
-        return jax.vmap(memory.init)(jax.random.split(next(keys), heads))
+        return jax.vmap(_box(config).init)(jax.random.split(next(keys), heads))
 
     def read_out(bias: float) -> Params:  # a number per head and token: c^T M(x) + b (S7.3)
         return {"w": 0.02 * jax.random.normal(next(keys), (heads, width)), "b": jnp.full((heads,), bias)}
@@ -185,10 +219,6 @@ def _init(config: SelfModifyingConfig, memory: Memory, key: jax.Array) -> Params
     return params
 
 
-def _stack(trees: list[Params]) -> Params:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def _static_elements(config: SelfModifyingConfig, params: Params, r_TD: jax.Array) -> dict[str, Any]:
     """What needs no memory, for the whole call at once: x (spec 7.2) and the static projections, [T, H, K]."""
     heads = (r_TD.shape[0], config.heads, config.head_width)
@@ -202,26 +232,21 @@ def _error(config: SelfModifyingConfig, memory: Memory, params: Params):
 
     def error(starts: tuple[Params, ...], tails: dict, piece: dict):
         x_HCK = jnp.moveaxis(piece["x"], 0, 1)
-        made, box_of = {}, {}
+        made, mem = {}, {}
         for (_, names), start in zip(config.groups, starts, strict=True):
             n = len([name for name in names if name != "mem"])
             if n:
-                first = jax.tree.map(lambda w, n=n: w[:n], start)
-                out = memory.apply(first, jnp.broadcast_to(x_HCK, (n, *x_HCK.shape)))
-                made |= dict(zip(names, out, strict=False))
+                made |= dict(zip(names, memory.apply(_take(config, start, 0, n), x_HCK), strict=False))
             if "mem" in names:
-                box_of["mem"] = jax.tree.map(lambda w, n=n: w[n], start)
+                mem = _take(config, start, n, n + 1)
         k, v, q, tails = _keys_values_queries(config, params, made, piece, tails)
         gates = _gates(config, params, made, x_HCK)
-        y_HCK = memory.apply(box_of["mem"], q) if config.read == "start" else None
+        y_HCK = memory.apply(mem, q)[0] if config.read == "start" else None
         writes = []
         for (_, names), start in zip(config.groups, starts, strict=True):
-            stack = (len(names), *v.shape)
-            value = jnp.broadcast_to(v, stack)
-            if config.stage == 3:
-                value = memory.apply(start, value)
-            _, errors = factored_errors(memory, l2_regression, start, jnp.broadcast_to(k, stack), value)
-            writes.append(Write(errors, gates, q[None] if "mem" in names else None, piece["mask"]))
+            value = memory.apply(start, v) if config.stage == 3 else jnp.broadcast_to(v, (len(names), *v.shape))
+            _, errors = factored_errors(memory, l2_regression, start, k, value)
+            writes.append(Write(errors, gates, q if "mem" in names else None, piece["mask"]))
         return tuple(writes), tails, None if y_HCK is None else jnp.moveaxis(y_HCK, 1, 0)
 
     return error

@@ -107,7 +107,10 @@ def dgd(
             raise ValueError(f"input_leaf={input_leaf!r} is not a weight of this memory; it has {sorted(errors)}")
         key = errors[input_leaf].key
         eta = proximal(eta_of(gates, key.shape[:-1]), key)
-        return {name: recurrence(e, eta, decay and name == input_leaf, gates) for name, e in errors.items()}
+        return {
+            name: recurrence(e, jnp.broadcast_to(eta, e.key.shape[:-1]), decay and name == input_leaf, gates)
+            for name, e in errors.items()
+        }
 
     def init(params: Params) -> DGDState:
         return DGDState(None if momentum is None else jax.tree.map(jnp.zeros_like, params))

@@ -36,7 +36,7 @@ def factored_errors(
     def forward(refs: Params, linear: Linear) -> tuple[jax.Array, None]:
         return memory.apply(refs, key, linear=linear), None
 
-    y, backward, _ = factored_vjp(forward, params, key.shape[:-1])
+    y, backward, _ = factored_vjp(forward, params)
     return y, backward(objective.delta(y, value))
 
 
