@@ -35,6 +35,18 @@ def assert_close(got, want, atol=TIGHT):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
 
 
+def primitives(jaxpr, found=None):
+    """Names of all primitives of a program and of the programs inside it."""
+    found = set() if found is None else found
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                primitives(inner, found)
+    return found
+
+
 def gelu(x):
     return 0.5 * x * (1 + np.tanh(GELU_C * (x + 0.044715 * x**3)))
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from hope_jax import every
-from tests.oracles import assert_close, compiled
+from tests.oracles import assert_close, compiled, primitives
 
 K = 4  # a power of two: dividing by it is exact
 W = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
@@ -54,22 +54,12 @@ def test_every_step_is_the_rule_itself():
         assert_close((a, state), (b, want), 0)
 
 
-def _primitives(jaxpr):
-    """Names of all primitives, those of inner programs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _primitives(inner)
-
-
 def test_the_rule_is_not_computed_while_waiting():
     """Its square root is in one branch of one conditional and nowhere else."""
     tx = every(K, optax.adam(0.1))
     jaxpr = jax.make_jaxpr(tx.update)(W, tx.init(W), W).jaxpr
     (cond,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
-    wait, step = (set(_primitives(b.jaxpr)) for b in cond.params["branches"])
+    wait, step = (primitives(b.jaxpr) for b in cond.params["branches"])
     outside = {e.primitive.name for e in jaxpr.eqns}
     assert "sqrt" in step
     assert "sqrt" not in wait | outside
