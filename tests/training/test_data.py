@@ -9,7 +9,7 @@ from hope_jax.training.errors import UserError
 DATA = np.arange(1_000, dtype=np.uint16).astype(np.uint8)
 
 
-def batches(seed=0, batch=3, length=10, data=DATA):
+def batches(seed=0, batch=3, length=10, data: np.ndarray = DATA):
     return TrainBatches(data, seed=seed, batch=batch, length=length)
 
 

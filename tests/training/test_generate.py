@@ -104,7 +104,7 @@ def test_bad_options(trained, change, message):
 def test_evaluation_is_the_mean_over_every_byte(run, text_file):
     data = np.frombuffer(text_file.read_bytes()[:100], np.uint8)
     windows = [data[start : start + 17] for start in range(0, 99, 16)]
-    losses = [token_losses(run.program.lm, run.state.params, window[None]) for window in windows]
+    losses = [token_losses(run.program.lm, run.state.params, jnp.asarray(window)[None]) for window in windows]
     expected = sum(float(loss.sum()) for loss in losses) / 99 / np.log(2)
     assert evaluate(run.program, run.state.params, data, run.config) == pytest.approx(expected, rel=1e-5)
 
