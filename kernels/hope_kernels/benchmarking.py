@@ -55,7 +55,7 @@ def time_side_by_side(
         arguments: one pytree, passed to each.
         case: what is being timed, for the table.
         base: the name in `functions` that the ratios compare with.
-        repeats: timed calls of each, after one that compiles.
+        repeats: timed calls of each, one in every turn, right after an untimed one.
         clock: seconds.
 
     Returns:
@@ -69,6 +69,8 @@ def time_side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in jitted}
     for _ in range(repeats):
         for name, f in jitted.items():
+            # One call to settle in: the one before left its own memory and caches behind.
+            jax.block_until_ready(f(arguments))
             start = clock()
             jax.block_until_ready(f(arguments))
             seconds[name].append(clock() - start)

@@ -9,11 +9,10 @@ import pytest
 from hope_kernels import delta_rule
 from hope_kernels.delta_rule import IMPLEMENTATIONS
 from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
-from hope_kernels.testing import check_op, with_poisoned_tail
+from hope_kernels.testing import FAST_COMPILE, check_op, with_poisoned_tail
 
 SPEC = ArgSpec(batch=2, tokens=20, heads=2, key_width=5, value_width=3)
 TIME_ARGUMENTS = ("q", "k", "u", "eta", "log_alpha", "log_mu")
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 pytestmark = pytest.mark.parametrize("implementation", OTHERS)

@@ -12,7 +12,7 @@ from hope_kernels import delta_rule
 from hope_kernels.delta_rule import IMPLEMENTATIONS
 from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
 from hope_kernels.delta_rule.config import default_block_t
-from hope_kernels.testing import relative_error, tolerance
+from hope_kernels.testing import FAST_COMPILE, relative_error, tolerance
 
 SPEC = ArgSpec(batch=2, tokens=33, heads=3, key_width=6, value_width=4, momentum=True)
 TIME_ARGUMENTS = ("q", "k", "u", "eta", "log_alpha", "log_mu")
@@ -25,8 +25,12 @@ def arguments():
     return make_arguments(SPEC)
 
 
-def op(implementation, **static) -> Any:
-    return jax.jit(partial(delta_rule, implementation=implementation, **static))
+def call(implementation, **static) -> Any:
+    return partial(delta_rule, implementation=implementation, **static)
+
+
+def jit(function) -> Any:
+    return jax.jit(function, compiler_options=FAST_COMPILE)
 
 
 def assert_close(found, expected, length=39):
@@ -41,9 +45,9 @@ def assert_equal(found, expected):
 
 @OTHERS
 def test_the_tile_changes_nothing(implementation, arguments):
-    one_tile = op(implementation, block_t=33)(**arguments)
+    one_tile = jit(call(implementation, block_t=33))(**arguments)
     for block_t in (1, 7, 16, None):
-        assert_close(op(implementation, block_t=block_t)(**arguments), one_tile)
+        assert_close(jit(call(implementation, block_t=block_t))(**arguments), one_tile)
 
 
 @EVERY
@@ -51,7 +55,7 @@ def test_the_tile_changes_nothing(implementation, arguments):
 def test_two_calls_are_one(implementation, tokens, at, exact):
     """Bit for bit when the split falls between tiles and every call has several of them."""
     arguments = make_arguments(SPEC._replace(tokens=tokens))
-    run = op(implementation, block_t=16)
+    run = jit(call(implementation, block_t=16))
     first = run(**{n: a[:, :at] if n in TIME_ARGUMENTS else a for n, a in arguments.items()})
     rest = {n: arguments[n][:, at:] for n in TIME_ARGUMENTS}
     second = run(**rest, initial_state=first.state, initial_momentum=first.momentum)
@@ -63,7 +67,7 @@ def test_two_calls_are_one(implementation, tokens, at, exact):
 def test_a_rule_that_does_nothing_leaves_the_state_bit_for_bit(implementation, arguments):
     zero = jnp.zeros_like(arguments["eta"])
     k, u, state = arguments["k"], jnp.zeros_like(arguments["u"]), arguments["initial_state"]
-    run = op(implementation, block_t=16)
+    run = jit(call(implementation, block_t=16))
     assert_equal(run(None, k, u, zero, log_alpha=zero, initial_state=state).state, state)
     everything_masked = run(**arguments, mask=jnp.zeros(k.shape[:3], bool))
     assert_equal(everything_masked.state, state)
@@ -82,7 +86,7 @@ def test_no_tokens(implementation, arguments, read):
 
 @EVERY
 def test_heads_and_batch_are_independent(implementation, arguments):
-    run = op(implementation, block_t=16)
+    run = jit(call(implementation, block_t=16))
     out = run(**arguments)
     other_heads, other_batch = jnp.array([2, 0, 1]), jnp.array([1, 0])
 
@@ -101,14 +105,14 @@ def test_a_rotation_of_keys_and_state_leaves_the_reads(implementation, arguments
     rotated = {**arguments, "q": arguments["q"] @ rotation, "k": arguments["k"] @ rotation}
     for name in ("initial_state", "initial_momentum"):
         rotated[name] = jnp.einsum("kj,bhkv->bhjv", rotation, arguments[name])
-    run = op(implementation, block_t=16)
+    run = jit(call(implementation, block_t=16))
     assert_close(run(**rotated).y, run(**arguments).y)
 
 
 @OTHERS
 def test_linear_in_state_momentum_and_write(implementation, arguments):
     linear = ("u", "initial_state", "initial_momentum")
-    run = op(implementation, block_t=16)
+    run = jit(call(implementation, block_t=16))
     doubled = run(**{n: 2 * a if n in linear else a for n, a in arguments.items()})
     assert_equal(doubled, jax.tree.map(lambda x: 2 * x, run(**arguments)))
 
@@ -119,13 +123,13 @@ def test_vmap_is_a_loop(implementation, arguments):
 
     def loss(one):
         one = {n: a[None, :, None] if n in TIME_ARGUMENTS else a[None, None] for n, a in one.items()}
-        out = op(implementation, block_t=16)(**one)
+        out = call(implementation, block_t=16)(**one)
         return jnp.sum(jnp.square(out.y)) + jnp.sum(jnp.square(out.state)), out.state
 
     heads = {n: a[0].swapaxes(0, 1) if n in TIME_ARGUMENTS else a[0] for n, a in arguments.items()}
     grad = jax.grad(loss, has_aux=True)
-    mapped = jax.jit(jax.vmap(grad))(heads)
-    one_by_one = jax.jit(grad)
+    mapped = jit(jax.vmap(grad))(heads)
+    one_by_one = jit(grad)
     loop = [one_by_one({n: a[i] for n, a in heads.items()}) for i in range(3)]
     assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *loop))
 
@@ -136,11 +140,11 @@ def test_gradient_under_scan_and_remat(implementation, arguments):
     tokens = {n: a[:, :32] if n in TIME_ARGUMENTS else a for n, a in arguments.items()}
 
     def one_call(arguments):
-        return sum(jnp.sum(jnp.sin(x)) for x in op(implementation)(**arguments))
+        return sum(jnp.sum(jnp.sin(x)) for x in call(implementation)(**arguments))
 
     def chain(wrap, arguments):
         def step(carry, chunk):
-            out = delta_rule(**chunk, initial_state=carry[0], initial_momentum=carry[1], implementation=implementation)
+            out = call(implementation)(**chunk, initial_state=carry[0], initial_momentum=carry[1])
             return (out.state, out.momentum), jnp.sum(jnp.sin(out.y))
 
         chunks = {n: jnp.moveaxis(arguments[n].reshape(2, 4, 8, *arguments[n].shape[2:]), 1, 0) for n in TIME_ARGUMENTS}
@@ -148,9 +152,9 @@ def test_gradient_under_scan_and_remat(implementation, arguments):
         end, reads = jax.lax.scan(wrap(step), start, chunks)
         return jnp.sum(reads) + sum(jnp.sum(jnp.sin(x)) for x in end)
 
-    expected = jax.jit(jax.grad(one_call))(tokens)
+    expected = jit(jax.grad(one_call))(tokens)
     for wrap in (lambda f: f, jax.checkpoint):
-        assert_close(jax.jit(jax.grad(partial(chain, wrap)))(tokens), expected)
+        assert_close(jit(jax.grad(partial(chain, wrap)))(tokens), expected)
 
 
 @OTHERS
@@ -162,9 +166,9 @@ def test_masked_tokens_have_no_gradient(implementation, arguments, rng):
     }
 
     def loss(arguments):
-        return sum(jnp.sum(jnp.sin(x)) for x in op(implementation)(**arguments, mask=mask))
+        return sum(jnp.sum(jnp.sin(x)) for x in call(implementation)(**arguments, mask=mask))
 
-    gradients = jax.jit(jax.grad(loss))(poisoned)
+    gradients = jit(jax.grad(loss))(poisoned)
     for name, gradient in gradients.items():
         assert bool(jnp.isfinite(gradient).all()), name
         if name in TIME_ARGUMENTS and name != "q":
@@ -182,9 +186,11 @@ def test_memory_of_the_gradient_grows_linearly(implementation):
         shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in make_arguments(spec).items()}
 
         def loss(arguments):
-            return jnp.sum(op(implementation, block_t=64)(**arguments).y)
+            return jnp.sum(call(implementation, block_t=64)(**arguments).y)
 
-        return jax.jit(jax.grad(loss)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+        analysis = jit(jax.grad(loss)).lower(shapes).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     short, long = temporaries(512), temporaries(2048)
     inputs = 2 * 2048 * (3 * 32 + 2) * 4
