@@ -93,3 +93,88 @@ def write(state, z, key, push, erase=0.0, alpha=1.0, mu=None):
 def proximal(eta, key):
     """eta' of (S3.2)."""
     return eta / (1 + eta * key @ key)
+
+
+def cms_token(params_by_level, x, target):
+    """One token by hand, (S6.1): output, and the gradient of 1/2 ||y - target||^2 to every weight."""
+    inputs = []
+    for p in params_by_level:
+        rms = np.sqrt(np.mean(x**2) + 1e-6)
+        n = x / rms
+        z = n @ p["w2"]
+        inputs.append((x, rms, n, z))
+        x = x + gelu(z) @ p["w1"]
+    y, g, gradients = x, x - target, []
+    for p, (before, rms, n, z) in zip(reversed(params_by_level), reversed(inputs), strict=True):
+        dz = gelu_slope(z) * (p["w1"] @ g)
+        gradients.insert(0, {"w1": np.outer(gelu(z), g), "w2": np.outer(n, dz)})
+        dn = p["w2"] @ dz
+        g = g + dn / rms - before * (before @ dn) / (g.size * rms**3)
+    return y, gradients
+
+
+def cms_loop(start, xs, targets, sizes, eta):
+    """(S6.2) token by token: outputs and the weights after every token."""
+    weights = [dict(p) for p in start]
+    pending = [{n: np.zeros_like(w) for n, w in p.items()} for p in start]
+    ys, history = [], []
+    for t in range(len(xs)):
+        y, gradients = cms_token(weights, xs[t], targets[t])
+        ys.append(y)
+        pending = [{n: p[n] + g[n] for n in p} for p, g in zip(pending, gradients, strict=True)]
+        for i, c in enumerate(sizes):
+            if (t + 1) % c == 0:
+                weights[i] = {n: w - eta / c * pending[i][n] for n, w in weights[i].items()}
+                pending[i] = {n: np.zeros_like(w) for n, w in weights[i].items()}
+        history.append([dict(w) for w in weights])
+    return np.stack(ys), history, pending
+
+
+def l2_unit(a):
+    return a / np.sqrt(a @ a + 1e-6)
+
+
+def self_modifying_loop(config, params, r, mask=None):
+    """Spec 7.2-7.5 for a whole stream, one token and one head at a time; reads [T, D]."""
+    width, window = config.dim // config.heads, config.conv_window
+    ys = np.zeros_like(r)
+    for head in range(config.heads):
+        cut = slice(head * width, (head + 1) * width)
+        start = {b: {n: w[head] for n, w in p.items()} for b, p in params["boxes"].items()}
+        run = {b: dict(p) for b, p in start.items()}
+        z = {b: {n: np.zeros_like(w) for n, w in p.items()} for b, p in start.items()}
+        past = {n: [np.zeros(width)] * max(window - 1, 0) for n in "qkv"}
+        for t in range(len(r)):
+            keep = mask is None or mask[t]
+            x = (r[t] @ params["in_proj"] if config.heads > 1 else r[t])[cut] / np.sqrt(width)
+            made = {}
+            for n in "qkv":
+                raw = mlp_read(start[n], x) if n in start else (r[t] @ params["static"][n])[cut]
+                taps = [*past[n], raw if keep else np.zeros(width)]
+                past[n] = taps[1:]
+                made[n] = sum(w[head] * a for w, a in zip(params["conv"][n], taps, strict=True)) if window else taps[-1]
+            q, k, v = l2_unit(made["q"]), l2_unit(made["k"]), made["v"]
+
+            def gate(name, x=x, head=head, start=start):
+                p = params["gates"][name]
+                return p["w"][head] @ (mlp_read(start[name], x) if name in start else x) + p["b"][head]
+
+            eta = softplus(gate("eta"))
+            alpha = sigmoid(gate("alpha")) if config.retention else 1.0
+            mu = sigmoid(gate("mu")) if config.momentum == "gate" else config.momentum
+            ys[t, cut] = mlp_read((start if config.read == "start" else run)["mem"], q)
+            for b in start:
+                if not keep:
+                    continue
+                value = mlp_read(start[b], v) if config.stage == 3 else v
+                e = mlp_read(start[b], k) - value
+                for n, (key, delta) in mlp_factors(start[b], k, e).items():
+                    own = key if config.mlp_rule == "layerwise" or config.memory == "linear" else k
+                    step = proximal(eta, own) if config.exact else eta
+                    decays = config.dgd_decay and (n != "w1" or config.mlp_rule == "layerwise")
+                    erase = step if decays else 0.0
+                    run[b][n], z[b][n] = write(run[b][n], z[b][n], key, -step * delta, erase, alpha, mu)
+            for b in start:
+                if (t + 1) % (config.chunk_mem if b == "mem" else config.chunk_proj) == 0:
+                    start[b] = dict(run[b])
+    return ys

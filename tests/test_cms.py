@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from hope_jax import cms, cms_chain, cms_memory, l2_regression, level, linear_memory, slow_period
-from tests.oracles import assert_close, compiled, float64, gelu, gelu_slope, numpy64
+from tests.oracles import assert_close, cms_loop, cms_token, compiled, float64, gelu, numpy64
 
 D, F = 3, 4
 SIZES = (2, 4, 12)
@@ -17,41 +17,6 @@ ETA = 0.1  # small enough that all three levels together stay stable, and number
 
 def _levels(sizes=SIZES, eta=ETA, **options):
     return [level(cms_memory(D, F), optax.sgd(eta / c), c, **options) for c in sizes]
-
-
-def _chain(params_by_level, x, target):
-    """One token by hand, (S6.1): output, and the gradient of 1/2 ||y - target||^2 to every weight."""
-    inputs = []
-    for p in params_by_level:
-        rms = np.sqrt(np.mean(x**2) + 1e-6)
-        n = x / rms
-        z = n @ p["w2"]
-        inputs.append((x, rms, n, z))
-        x = x + gelu(z) @ p["w1"]
-    g, gradients = x - target, []
-    for p, (before, rms, n, z) in zip(reversed(params_by_level), reversed(inputs), strict=True):
-        dz = gelu_slope(z) * (p["w1"] @ g)
-        gradients.insert(0, {"w1": np.outer(gelu(z), g), "w2": np.outer(n, dz)})
-        dn = p["w2"] @ dz
-        g = g + dn / rms - before * (before @ dn) / (D * rms**3)
-    return x, gradients
-
-
-def _oracle(start, xs, targets, sizes=SIZES, eta=ETA):
-    """(S6.2) token by token: outputs and the weights after every token."""
-    weights = [dict(p) for p in start]
-    pending = [{n: np.zeros_like(w) for n, w in p.items()} for p in start]
-    ys, history = [], []
-    for t in range(len(xs)):
-        y, gradients = _chain(weights, xs[t], targets[t])
-        ys.append(y)
-        pending = [{n: p[n] + g[n] for n in p} for p, g in zip(pending, gradients, strict=True)]
-        for i, c in enumerate(sizes):
-            if (t + 1) % c == 0:
-                weights[i] = {n: w - eta / c * pending[i][n] for n, w in weights[i].items()}
-                pending[i] = {n: np.zeros_like(w) for n, w in weights[i].items()}
-        history.append([dict(w) for w in weights])
-    return np.stack(ys), history, pending
 
 
 @pytest.fixture
@@ -71,7 +36,7 @@ def chain(x64):
 
 def test_three_levels_are_the_token_loop(chain, start, data):
     """In one call, and in calls of 3 + 10 + 20 tokens; weights, pending errors, phase and outputs."""
-    ys, history, pending = _oracle(numpy64(start), *data)
+    ys, history, pending = cms_loop(numpy64(start), *data, SIZES, ETA)
     state, y = compiled(lambda p, xs: chain.apply(chain.init(p), xs))(start, data)
     assert_close(y, ys)
     assert_close([s.start for s in state.levels], history[-1])
@@ -97,7 +62,7 @@ def test_levels_change_only_at_their_boundaries(chain, start, data):
     before = numpy64(list(start))
     sums = [jax.tree.map(np.zeros_like, p) for p in before]
     for t in range(T):
-        _, gradients = _chain(before if t == 0 else seen[t - 1], data[0][t], data[1][t])
+        _, gradients = cms_token(before if t == 0 else seen[t - 1], data[0][t], data[1][t])
         for i, c in enumerate(SIZES):
             sums[i] = jax.tree.map(np.add, sums[i], gradients[i])
             old, new = before[i] if t < c else seen[t - 1][i], seen[t][i]
@@ -117,7 +82,7 @@ def test_without_learning_it_is_the_plain_chain(x64, start, data):
     state, y = still.apply(still.init(start), (x, target))
     plain = cms_chain([cms_memory(D, F)] * 3, start, x)
     assert_close(y, plain)
-    assert_close(plain, np.stack([_chain(numpy64(start), a, b)[0] for a, b in zip(x, target, strict=True)]))
+    assert_close(plain, np.stack([cms_token(numpy64(start), a, b)[0] for a, b in zip(x, target, strict=True)]))
     assert_close([s.start for s in state.levels], list(start), 0)
 
 
@@ -180,11 +145,11 @@ def test_truncated_outer_gradients(start, data):
     full = gradient(None)
     assert_close(gradient(100), full, 0)
     x, target = (d[:12] for d in data)
-    _, history, _ = _oracle(numpy64(start[:1]), x, target, (3,), 0.3)
+    _, history, _ = cms_loop(numpy64(start[:1]), x, target, (3,), 0.3)
     first = jax.tree.map(np.zeros_like, numpy64(start[:1]))
     for t in range(12):  # the gradient at the weights of the moment, as if these were the start weights
         weights = numpy64(start[:1]) if t < 3 else history[t // 3 * 3 - 1]
-        _, g = _chain(weights, x[t], target[t])
+        _, g = cms_token(weights, x[t], target[t])
         first = jax.tree.map(lambda a, b: a + b / 12, first, tuple(g))
     assert_close(gradient(1), first)
     assert float(jnp.abs(full[0]["w1"] - first[0]["w1"]).max()) > 1e-4  # the writes do matter here

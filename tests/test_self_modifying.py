@@ -13,68 +13,17 @@ from tests.oracles import (
     assert_close,
     compiled,
     float64,
-    mlp_factors,
+    l2_unit,
     mlp_read,
     numpy64,
     primitives,
-    proximal,
+    self_modifying_loop,
     sigmoid,
     softplus,
-    write,
 )
 
 BASE = SelfModifyingConfig(dim=3, memory_hidden=4, momentum=0.5, eta_init=0.1, alpha_init=0.95)
 T = 48
-
-
-def l2(a):
-    return a / np.sqrt(a @ a + 1e-6)
-
-
-def oracle(config, params, r, mask=None):
-    """Spec 7.2-7.5 for a whole stream, one token and one head at a time; reads [T, D]."""
-    width, window = config.dim // config.heads, config.conv_window
-    ys = np.zeros_like(r)
-    for head in range(config.heads):
-        cut = slice(head * width, (head + 1) * width)
-        start = {b: {n: w[head] for n, w in p.items()} for b, p in params["boxes"].items()}
-        run = {b: dict(p) for b, p in start.items()}
-        z = {b: {n: np.zeros_like(w) for n, w in p.items()} for b, p in start.items()}
-        past = {n: [np.zeros(width)] * max(window - 1, 0) for n in "qkv"}
-        for t in range(len(r)):
-            keep = mask is None or mask[t]
-            x = (r[t] @ params["in_proj"] if config.heads > 1 else r[t])[cut] / np.sqrt(width)
-            made = {}
-            for n in "qkv":
-                raw = mlp_read(start[n], x) if n in start else (r[t] @ params["static"][n])[cut]
-                taps = [*past[n], raw if keep else np.zeros(width)]
-                past[n] = taps[1:]
-                made[n] = sum(w[head] * a for w, a in zip(params["conv"][n], taps, strict=True)) if window else taps[-1]
-            q, k, v = l2(made["q"]), l2(made["k"]), made["v"]
-
-            def gate(name, x=x, head=head, start=start):
-                p = params["gates"][name]
-                return p["w"][head] @ (mlp_read(start[name], x) if name in start else x) + p["b"][head]
-
-            eta = softplus(gate("eta"))
-            alpha = sigmoid(gate("alpha")) if config.retention else 1.0
-            mu = sigmoid(gate("mu")) if config.momentum == "gate" else config.momentum
-            ys[t, cut] = mlp_read((start if config.read == "start" else run)["mem"], q)
-            for b in start:
-                if not keep:
-                    continue
-                value = mlp_read(start[b], v) if config.stage == 3 else v
-                e = mlp_read(start[b], k) - value
-                for n, (key, delta) in mlp_factors(start[b], k, e).items():
-                    own = key if config.mlp_rule == "layerwise" or config.memory == "linear" else k
-                    step = proximal(eta, own) if config.exact else eta
-                    decays = config.dgd_decay and (n != "w1" or config.mlp_rule == "layerwise")
-                    erase = step if decays else 0.0
-                    run[b][n], z[b][n] = write(run[b][n], z[b][n], key, -step * delta, erase, alpha, mu)
-            for b in start:
-                if (t + 1) % (config.chunk_mem if b == "mem" else config.chunk_proj) == 0:
-                    start[b] = dict(run[b])
-    return ys
 
 
 def shaken(config, seed=0):
@@ -108,8 +57,10 @@ def test_every_pair_of_clocks_is_the_token_loop(chunks, x64):
     config = change(chunk_proj=chunks[0], chunk_mem=chunks[1])
     params, r = shaken(config), stream(T)
     _, y = whole_call(config, params, r)
-    want = oracle(config, params, r)
-    assert np.abs(want - oracle(change(chunk_proj=64, chunk_mem=64), params, r)).max() > 1e-3  # memories matter
+    want = self_modifying_loop(config, params, r)
+    assert (
+        np.abs(want - self_modifying_loop(change(chunk_proj=64, chunk_mem=64), params, r)).max() > 1e-3
+    )  # memories matter
     assert_close(y, want)
 
 
@@ -135,9 +86,9 @@ def test_every_switch_is_the_token_loop(name, x64):
     config = change(chunk_proj=2, chunk_mem=4, **SWITCHES[name])
     params, r = shaken(config), stream(12, config.dim)
     _, y = whole_call(config, params, r)
-    assert_close(y, oracle(config, params, r))
+    assert_close(y, self_modifying_loop(config, params, r))
     if not {"dim", "static", "memory", "stage", "adaptive_q"} & set(SWITCHES[name]):
-        assert np.abs(np.asarray(y) - oracle(change(chunk_proj=2, chunk_mem=4), params, r)).max() > 1e-6
+        assert np.abs(np.asarray(y) - self_modifying_loop(change(chunk_proj=2, chunk_mem=4), params, r)).max() > 1e-6
 
 
 def test_float32(x64):
@@ -148,7 +99,7 @@ def test_float32(x64):
     single = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, r))
     _, y = compiled(lambda p, r: layer.apply(p, jax.tree.map(_single, layer.init_state(p)), r))(*single)
     assert y.dtype == jnp.float32
-    want = oracle(config, params, r)
+    want = self_modifying_loop(config, params, r)
     assert np.sqrt(np.mean((y - want) ** 2) / np.mean(want**2)) < 2e-5
 
 
@@ -163,9 +114,9 @@ def test_masked_tokens_on_the_left_are_absent(x64):
     layer, mask = self_modifying(config), np.arange(9) >= 3
     run = compiled(lambda p, r, m: layer.apply(p, layer.init_state(p), r, mask_T=m)[1])
     y = run(float64(params), r, mask)
-    assert_close(y[3:], oracle(config, params, r[3:]))
+    assert_close(y[3:], self_modifying_loop(config, params, r[3:]))
     holes = np.arange(9) % 4 != 2
-    assert_close(run(float64(params), r, holes), oracle(config, params, r, holes))
+    assert_close(run(float64(params), r, holes), self_modifying_loop(config, params, r, holes))
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -176,7 +127,7 @@ def test_a_stream_may_be_cut_anywhere(chunks, x64):
     """5 + 1 + 17 + 25 tokens are 48, and so are 48 single ones with a traced state."""
     config = change(chunk_proj=chunks[0], chunk_mem=chunks[1])
     layer, params, r = self_modifying(config), shaken(config), stream(T)
-    want = oracle(config, params, r)
+    want = self_modifying_loop(config, params, r)
     params = float64(params)
     state, now = layer.init_state(params), 0
     apply = compiled(layer.apply, static_argnames="phase")
@@ -224,7 +175,7 @@ def test_running_reads_at_one_token_a_chunk_are_chunk_start_reads(x64):
     config = change(chunk_proj=1, chunk_mem=1)
     params, r = shaken(config), stream(8)
     _, y = whole_call(dataclasses.replace(config, read="before"), params, r)
-    assert_close(y, oracle(config, params, r))
+    assert_close(y, self_modifying_loop(config, params, r))
 
 
 # --- outer gradients --------------------------------------------------------------------------------------------------
@@ -345,7 +296,7 @@ def test_without_writes_it_is_a_fixed_function(x64):
     mem = {n: w[0] for n, w in params["boxes"]["mem"].items()}
     for t in range(10):
         mixed = sum(params["conv"]["q"][i, 0] * padded[t + i] for i in range(4))
-        assert_close(y[t], mlp_read(mem, l2(mixed)))
+        assert_close(y[t], mlp_read(mem, l2_unit(mixed)))
 
 
 @pytest.mark.parametrize("heads", [1, 4])
