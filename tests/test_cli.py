@@ -179,6 +179,19 @@ def test_failed_run_is_status_1(small, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_hope_from_the_embedded_corpus_to_a_sample(tmp_path, capsys):
+    """The preset of every part, unchanged: a Hope model on the embedded corpus."""
+    run_dir = str(tmp_path / "run")
+    assert main(["train", "smoke", "--run", run_dir]) == 0
+    assert re.search(r"^hope step 6/6 ", capsys.readouterr().out, re.M)
+    assert main(["eval", run_dir, "--data", __file__]) == 0
+    bpb = re.search(r": (\d\.\d{3}) bits per byte", capsys.readouterr().out)
+    assert bpb and 5 < float(bpb[1]) < 8
+    assert main(["generate", run_dir, "--prompt", "def ", "--max-bytes", "20"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(small, tmp_path):
     """A real SIGINT to a real process; what it prints is then typed."""
     words = [*small, "steps=100000", "--run", str(tmp_path / "run")]

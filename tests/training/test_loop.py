@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -89,6 +90,26 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, small, tmp_
     assert first.interrupted and int(first.state.step) == at + 1
     second = train(small, tmp_path / "run", resume=True)
     assert not second.interrupted and second.started_at == at + 1
+    assert_same_state(second.state, whole.state)
+    assert records(second.run_dir) == records(whole.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hope", "hope_attention"])
+def test_gradients_that_wait_for_a_slow_level_survive_a_resume(small, tmp_path, monkeypatch, name):
+    """Interrupted between two writes of a level, on a mesh, with accumulation; continued on the same mesh."""
+    model = dataclasses.replace(small.model, name=name, memory_hidden=8, cms_hidden=(16, 16), momentum=None)
+    config = dataclasses.replace(
+        small, model=model, cms_periods=(1, 4), accumulate=2, mesh=MeshConfig(data=2), final_eval_batches=1
+    )
+    whole = train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        first = train(config, tmp_path / "run")
+    assert int(first.state.step) == 2
+    pending = optax.tree.get(first.state.opt_state, "pending")
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(pending))
+    second = train(config, tmp_path / "run", resume=True)
     assert_same_state(second.state, whole.state)
     assert records(second.run_dir) == records(whole.run_dir)
 
