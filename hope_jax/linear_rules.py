@@ -98,12 +98,13 @@ def _is_elementwise_linear(tx: Any, treedef: Any) -> bool:
         zero = jnp.zeros((n, 2, 2))
         jax.linear_transpose(step, zero, zero, zero)(step(zero, zero, zero))  # raises if not linear
         jacobians = jax.jacobian(step, argnums=(0, 1, 2))(zero, zero, zero)
+        offset = max(float(jnp.max(jnp.abs(x))) for x in step(zero, zero, zero))
+        return offset == 0 and all(_is_diagonal(j, n) for j in jax.tree.leaves(jacobians))
     except Exception:
-        # Whatever a foreign transformation does with scalars, momenta or tracers it does not expect, the answer
-        # is the same: it has no chunk form, and the exact token loop runs it (and raises what it has to say).
+        # Whatever a foreign transformation does with scalars, momenta or tracers it does not expect, and whatever
+        # traced numbers it has closed over, the answer is the same: it has no chunk form, and the exact token loop
+        # runs it (and raises what it has to say).
         return False
-    offset = max(float(jnp.max(jnp.abs(x))) for x in step(zero, zero, zero))
-    return offset == 0 and all(_is_diagonal(j, n) for j in jax.tree.leaves(jacobians))
 
 
 def _is_diagonal(jacobian: jax.Array, n: int) -> bool:

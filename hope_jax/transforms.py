@@ -138,7 +138,10 @@ def dgd(
         outs = kernel_step(recurrences(errors, gates), params, state.momentum)
         is_out = lambda node: isinstance(node, tuple)  # noqa: E731
         updates = jax.tree.map(lambda out, p: (out.state - p).astype(p.dtype), outs, params, is_leaf=is_out)
-        new = None if state.momentum is None else jax.tree.map(lambda out: out.momentum, outs, is_leaf=is_out)
+        new = None
+        if state.momentum is not None:  # in the dtype it was started with, so that a scan can carry it
+            keep = lambda out, z: out.momentum.astype(z.dtype)  # noqa: E731
+            new = jax.tree.map(keep, outs, state.momentum, is_leaf=is_out)
         return updates, DGDState(new)
 
     def from_gram(g: jax.Array, a: jax.Array, s: jax.Array, gates: Gates) -> jax.Array:
