@@ -1,6 +1,7 @@
 """Fast CMS levels against the definition, written as plain loops (spec 6.2, 6.3, 6.6)."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,32 @@ CONFIG = ModelConfig(
 LENGTH = 11
 
 
-def _model(config, dtype=jnp.float64):
-    """Functions, order-one parameters and two rows of tokens."""
+@pytest.fixture(scope="module")
+def model():
+    """Functions compiled once, order-one float64 parameters, two rows of tokens and their parallel call."""
+    with jax.enable_x64(True):
+        lm = build_lm(CONFIG)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), jax.jit(lm.init)(jax.random.key(0)))
+        params["embedding"] = 25 * params["embedding"]
+        tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, CONFIG.vocab_size)
+        forward = jax.jit(lambda mask: lm.apply(params, lm.init_state(params, 2), tokens, phase=0, mask_BT=mask))
+        state, logits = forward(jnp.ones(tokens.shape, bool))
+        return types.SimpleNamespace(
+            lm=lm,
+            params=params,
+            tokens=tokens,
+            forward=forward,
+            step=jax.jit(lambda state, tokens: lm.apply(params, state, tokens)),
+            gradient=_chunk_gradient(params),
+            state=state,
+            logits=logits,
+        )
+
+
+def _plain_logits(model, config):
     lm = build_lm(config)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.jit(lm.init)(jax.random.key(0)))
-    params["embedding"] = 25 * params["embedding"]
-    return lm, params, jax.random.randint(jax.random.key(1), (2, LENGTH), 0, config.vocab_size)
-
-
-def _forward(lm, params, tokens, mask=None, phase=0):
-    apply = jax.jit(lm.apply, static_argnames="phase")
-    return apply(params, lm.init_state(params, tokens.shape[0]), tokens, phase=phase, mask_BT=mask)
+    apply = jax.jit(lambda params: lm.apply(params, lm.init_state(params, 2), model.tokens, phase=0)[1])
+    return apply(model.params)
 
 
 def _put(params, level, weights):
@@ -38,110 +54,115 @@ def _put(params, level, weights):
     return {**params, "blocks": {**blocks, "cms": cms}}
 
 
-def _oracle(config, params, tokens, mask):
-    """One row: chunk after chunk, every level's errors summed in Python and written with plain SGD.
+def _chunk_gradient(params):
+    """Gradient of the summed next-token loss of one chunk with respect to the weights of every fast level."""
+    plain = skeleton(CONFIG)
 
-    Returns the logits and, per token, the fast weights it was read with.
-    """
-    model = skeleton(dataclasses.replace(config, cms_chunks=()))
-    sizes, fastest = config.cms_chunks, config.cms_chunks[0]
-    weights = [{k: params["blocks"]["cms"][f"level_{i}"][k] for k in ("w1", "w2")} for i in range(len(sizes))]
-    sums = jax.tree.map(jnp.zeros_like, weights)
-    carry, logits, used = model.init_state(params, 1), [], []
-
-    @jax.jit
-    def chunk_loss(weights, carry, inputs, targets, mask, taught):
+    def loss(weights, carry, inputs, targets, mask, taught):
         changed = params
         for i, new in enumerate(weights):
             changed = _put(changed, i, new)
-        carry, out = model.apply(changed, carry, inputs[None], mask_BT=mask[None])
+        carry, out = plain.apply(changed, carry, inputs[None], mask_BT=mask[None])
         log_p = jax.nn.log_softmax(out[0])[jnp.arange(inputs.shape[0]), targets]
         return -jnp.sum(jnp.where(taught, log_p, 0)), (carry, out[0])
 
-    gradient = jax.jit(jax.grad(chunk_loss, has_aux=True))
-    for begin in range(0, len(tokens), fastest):
-        end = min(begin + fastest, len(tokens))
-        used += [weights] * (end - begin)
-        last = end + 1 > len(tokens)
-        targets = jnp.append(tokens[begin + 1 : end + 1], jnp.zeros(int(last), int))
-        taught = mask[begin:end] & jnp.append(mask[begin + 1 : end + 1], jnp.zeros(int(last), bool))
-        errors, (carry, out) = gradient(weights, carry, tokens[begin:end], targets, mask[begin:end], taught)
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def _loop(model, tokens, mask):
+    """One row: chunk after chunk, every level's errors summed in Python and written with plain SGD.
+
+    Returns the logits and the fast weights that the last token was read with.
+    """
+    sizes, fastest, length = CONFIG.cms_chunks, CONFIG.cms_chunks[0], len(tokens)
+    cms = model.params["blocks"]["cms"]
+    weights = [{k: cms[f"level_{i}"][k] for k in ("w1", "w2")} for i in range(len(sizes))]
+    sums = jax.tree.map(jnp.zeros_like, weights)
+    carry, logits, used = skeleton(CONFIG).init_state(model.params, 1), [], weights
+    following = jnp.append(tokens[1:], 0), mask & jnp.append(mask[1:], False)
+    for begin in range(0, length, fastest):
+        chunk = slice(begin, min(begin + fastest, length))
+        used = list(weights)
+        inputs = (tokens[chunk], following[0][chunk], mask[chunk], following[1][chunk])
+        errors, (carry, out) = model.gradient(weights, carry, *inputs)
         logits.append(out)
         sums = jax.tree.map(jnp.add, sums, errors)
         for i, size in enumerate(sizes):
-            if end % size == 0:
-                step = config.cms_eta / size
-                weights = [*weights]
-                weights[i] = jax.tree.map(lambda w, e, step=step: w - step * e, weights[i], sums[i])
-                sums = [*sums]
+            if chunk.stop % size == 0:
+                weights[i] = jax.tree.map(lambda w, e, c=size: w - CONFIG.cms_eta / c * e, weights[i], sums[i])
                 sums[i] = jax.tree.map(jnp.zeros_like, sums[i])
     return jnp.concatenate(logits), used
 
 
 @pytest.mark.parametrize("masked", [(), (1, 6)], ids=["all", "padding"])
-def test_logits_and_weights_equal_the_loop(x64, masked):
-    lm, params, tokens = _model(CONFIG)
-    mask = jnp.ones(tokens.shape, bool).at[0, jnp.array(masked, int)].set(False)
-    state, logits = _forward(lm, params, tokens, mask)
+def test_logits_and_weights_equal_the_loop(x64, model, masked):
+    mask = jnp.ones(model.tokens.shape, bool).at[0, jnp.array(masked, int)].set(False)
+    state, logits = model.forward(mask)
     for row in range(2):
-        expected, used = _oracle(CONFIG, params, tokens[row], mask[row])
+        expected, used = _loop(model, model.tokens[row], mask[row])
         np.testing.assert_allclose(logits[row][mask[row]], expected[mask[row]], rtol=0, atol=1e-12)
-        for i, weights in enumerate(used[-1]):  # what the last token was read with
+        for i, weights in enumerate(used):
             for name, value in weights.items():
                 np.testing.assert_allclose(state.nest.levels[i].start[name][row], value, rtol=0, atol=1e-12)
-    start = params["blocks"]["cms"]["level_1"]["w1"]
+    start = model.params["blocks"]["cms"]["level_1"]["w1"]
     assert float(jnp.abs(state.nest.levels[1].start["w1"] - start[None]).max()) > 1e-3  # it did learn
 
 
-def test_decoding_is_the_parallel_pass(x64):
-    lm, params, tokens = _model(CONFIG)
-    state, logits = _forward(lm, params, tokens)
-    step = jax.jit(lm.apply)
-    streamed, parts = lm.init_state(params, 2), []
+def test_decoding_is_the_parallel_pass(x64, model):
+    state, parts = model.lm.init_state(model.params, 2), []
     for t in range(LENGTH):
-        streamed, part = step(params, streamed, tokens[:, t : t + 1])
+        state, part = model.step(state, model.tokens[:, t : t + 1])
         parts.append(part)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), logits, rtol=0, atol=1e-12)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), streamed, state)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), model.logits, rtol=0, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), state, model.state)
 
 
-def test_rows_at_different_places_write_at_their_own_time(x64):
+def test_rows_at_different_places_write_at_their_own_time(x64, model):
     """After a reset of one row the clocks differ; each row still equals its own parallel pass."""
-    lm, params, tokens = _model(CONFIG)
-    _, logits = _forward(lm, params, tokens)
-    state, _ = jax.jit(lambda p, s, t: lm.apply(p, s, t, phase=0))(params, lm.init_state(params, 2), tokens[:, :3])
-    state = lm.reset(params, state, jnp.array([False, True]))
-    step = jax.jit(lm.apply)
+    state = model.lm.init_state(model.params, 2)
+    for t in range(3):
+        state, _ = model.step(state, model.tokens[:, t : t + 1])
+    state = model.lm.reset(model.params, state, jnp.array([False, True]))
     for t in range(6):
-        token = jnp.stack([tokens[0, 3 + t], tokens[1, t]])[:, None]
-        state, out = step(params, state, token)
-        np.testing.assert_allclose(out[0, 0], logits[0, 3 + t], rtol=0, atol=1e-12)
-        np.testing.assert_allclose(out[1, 0], logits[1, t], rtol=0, atol=1e-12)
+        token = jnp.stack([model.tokens[0, 3 + t], model.tokens[1, t]])[:, None]
+        state, out = model.step(state, token)
+        np.testing.assert_allclose(out[0, 0], model.logits[0, 3 + t], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(out[1, 0], model.logits[1, t], rtol=0, atol=1e-12)
 
 
-def test_no_step_is_the_plain_chain(x64):
-    lm, params, tokens = _model(dataclasses.replace(CONFIG, cms_eta=0.0))
-    _, logits = _forward(lm, params, tokens)
-    _, plain = _forward(build_lm(dataclasses.replace(CONFIG, cms_chunks=())), params, tokens)
-    np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-13)
-
-
-def test_writes_reach_the_next_chunk_and_no_earlier_token(x64):
-    lm, params, tokens = _model(CONFIG)
-    _, logits = _forward(lm, params, tokens)
-    _, plain = _forward(build_lm(dataclasses.replace(CONFIG, cms_chunks=())), params, tokens)
-    moved = np.abs(logits - plain).max(axis=(0, 2)) > 1e-6
+def test_no_step_is_the_plain_chain_and_a_step_acts_from_the_next_chunk_on(x64, model):
+    plain = _plain_logits(model, dataclasses.replace(CONFIG, cms_chunks=()))
+    still = _plain_logits(model, dataclasses.replace(CONFIG, cms_eta=0.0))
+    np.testing.assert_allclose(still, plain, rtol=0, atol=1e-13)
+    moved = np.abs(model.logits - plain).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(moved, np.arange(LENGTH) >= CONFIG.cms_chunks[0])
 
 
-def _outer(config, tokens):
+@pytest.mark.slow
+def test_chunks_that_cut_the_memories_chunks(x64):
+    """A fast level of 3 tokens around memories of 2 and 4: the model's clock is not known inside the nest."""
+    config = dataclasses.replace(
+        CONFIG, name="hope", memory_hidden=4, chunk_proj=2, chunk_mem=4, cms_hidden=(8, 8), cms_chunks=(3,)
+    )
     lm = build_lm(config)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), lm.init(jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (1, LENGTH), 0, config.vocab_size)
+    _, logits = jax.jit(lambda: lm.apply(params, lm.init_state(params, 1), tokens, phase=0))()
+    step = jax.jit(lambda state, tokens: lm.apply(params, state, tokens))
+    state = lm.init_state(params, 1)
+    for t in range(LENGTH):
+        state, part = step(state, tokens[:, t : t + 1])
+        np.testing.assert_allclose(part[:, 0], logits[:, t], rtol=0, atol=1e-12)
+
+
+def _outer(config, tokens):
+    lm, tokens = build_lm(config), tokens[:, :9]
     return lambda params: next_token_loss(lm.apply(params, lm.init_state(params, 2), tokens, phase=0)[1], tokens)
 
 
 @pytest.mark.slow
-def test_outer_gradient_equals_finite_differences(x64):
-    _, params, tokens = _model(CONFIG)
+def test_outer_gradient_equals_finite_differences(x64, model):
+    params, tokens = model.params, model.tokens
     loss = jax.jit(_outer(CONFIG, tokens))
     grads = jax.jit(jax.grad(loss))(params)
     keys = iter(jax.random.split(jax.random.key(3), 64))
@@ -157,8 +178,8 @@ def test_outer_gradient_equals_finite_differences(x64):
 
 
 @pytest.mark.slow
-def test_truncation_of_the_outer_gradient(x64):
-    _, params, tokens = _model(CONFIG)
+def test_truncation_of_the_outer_gradient(x64, model):
+    params, tokens = model.params, model.tokens
 
     def start_gradient(bptt_chunks):
         config = dataclasses.replace(CONFIG, bptt_chunks=bptt_chunks)
