@@ -36,7 +36,7 @@ def chain(x64):
 
 def test_three_levels_are_the_token_loop(chain, start, data):
     """In one call, and in calls of 3 + 10 + 20 tokens; weights, pending errors, phase and outputs."""
-    ys, history, pending = cms_loop(numpy64(start), *data, SIZES, ETA)
+    ys, history, pending = cms_loop(numpy64(start), data[0], data[1], SIZES, ETA)
     state, y = compiled(lambda p, xs: chain.apply(chain.init(p), xs))(start, data)
     assert_close(y, ys)
     assert_close([s.start for s in state.levels], history[-1])
@@ -164,7 +164,7 @@ def test_it_learns(start, data):
     target = x @ np.random.default_rng(2).normal(size=(D, D)) / 2
     chain = cms(*_levels(eta=0.1), loss=l2_regression.loss)
     _, y = chain.apply(chain.init(start), (x, target))
-    losses = np.asarray(l2_regression.loss(y, target))
+    losses = np.asarray(l2_regression.loss(y, jnp.asarray(target)))
     assert losses[-100:].mean() < 0.5 * losses[:100].mean()
 
 

@@ -1,6 +1,7 @@
 """The table of `hope_jax`: every line is the published recurrence, written here as a loop over tokens (spec 2.5)."""
 
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def loop_titans(start, xs):  # Titans T-13, T-14, T-16: surprise with memory, fo
 # --- the table: name -> (recurrence, gates, forms in the words of the library) ---------------------------------------
 
 
-def one(memory, rule, chunk_size, objective, read="start"):
+def one(memory, rule, chunk_size, objective, read: Literal["start", "before", "after"] = "start"):
     return nest(level(memory, rule, chunk_size, objective=objective, read=read))
 
 
@@ -225,8 +226,9 @@ def test_sequence_models(name, form, x64, rng):
 def test_titans_without_momentum(x64, rng):
     """`titans_lmm(momentum=False)` is (T-16) before momentum."""
     start = numpy64(MATRIX.init(jax.random.key(0)))
-    xs = Tokens(*rng.normal(size=(2, T, K))[[0, 0]], rng.normal(size=(T, K)))
-    xs = xs._replace(value=rng.normal(size=(T, V)), eta=rng.uniform(0.1, 0.5, T), alpha=rng.uniform(0.6, 1, T))
+    key, query = rng.normal(size=(2, T, K)) * 0.8
+    gates = {"eta": rng.uniform(0.1, 0.5, T), "alpha": rng.uniform(0.6, 1, T)}
+    xs = Tokens(key, rng.normal(size=(T, V)), query, **gates)
     n = titans_lmm(MATRIX, C, momentum=False)
     state, y = compiled(lambda p, xs: n.apply(n.init((p,)), xs))(float64(start), xs)
     want_y, want = loop_titans(start, xs._replace(mu=np.zeros(T)))
@@ -285,7 +287,7 @@ def test_continuum_memory_system(x64, rng):
     xs = tuple(rng.normal(size=(2, T, K)))
     by_hand, ready = nest(*levels, error=error), cms(*levels, loss=l2_regression.loss)
     params = float64(ready.params(jax.random.key(0)))
-    want_y, history, _ = cms_loop(numpy64(params), *xs, sizes, 0.2)
+    want_y, history, _ = cms_loop(numpy64(params), xs[0], xs[1], sizes, 0.2)
     for n in (by_hand, ready):
         state, y = compiled(lambda p, xs, n=n: n.apply(n.init(p), xs))(params, xs)
         assert_close(y, want_y)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import hope_jax.writing
-from hope_jax import Tokens, dgd, heavy_ball, l2_regression, level, mlp_memory, nest, retention
+from hope_jax import Tokens, dgd, heavy_ball, l2_regression, level, linear_memory, mlp_memory, nest, retention
 from hope_jax.linear_rules import linear_form
 from tests.oracles import assert_close, compiled, float64
 
@@ -38,7 +38,7 @@ NOT_LINEAR = {
     "schedule": optax.sgd(optax.linear_schedule(0.1, 0.0, 10)),
     "centralize": optax.chain(optax.centralize(), optax.sgd(0.1)),
     "ema": optax.chain(optax.ema(0.9), optax.sgd(0.1)),
-    "sign": optax.chain(optax.sign(), optax.sgd(0.1)) if hasattr(optax, "sign") else optax.sign_sgd(0.1),
+    "sign": optax.sign_sgd(0.1),
     "decay_into_momentum": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, 0.9)),
     "two_momenta": optax.chain(optax.trace(0.5), optax.trace(0.9), optax.scale(-0.1)),
     "pull_to_the_start": optax.chain(optax.sgd(0.1), retention(0.9, "start")),
@@ -68,6 +68,20 @@ def test_recognises_inside_jit():
 
 def test_a_rule_without_weights_has_no_form():
     assert linear_form(optax.sgd(0.1), {}) is None
+
+
+def test_a_learned_learning_rate_goes_through_the_token_loop(x64, rng):
+    """A traced number closed over by a transformation cannot be probed; its outer gradient is exact all the same."""
+    x = rng.normal(size=(4, K))
+
+    def loss(rate):
+        n = nest(level(linear_memory(K, K), optax.sgd(rate), 2, objective=l2_regression))
+        return jnp.sum(n.apply(n.init(({"w": jnp.eye(K)},)), Tokens(x, 2 * x, x))[1] ** 2)
+
+    # two tokens read I, two read I + rate A with A = sum_t x_t x_t^T over the first chunk
+    a = x[:2].T @ x[:2]
+    moved = x[2:] @ (np.eye(K) + 0.1 * a)
+    assert float(jax.grad(loss)(0.1)) == pytest.approx(2 * np.sum(moved * (x[2:] @ a)), rel=1e-12)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """`every`: a clock of several optimizer steps (spec 4.9)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hope_jax import every
 from tests.oracles import assert_close, compiled, primitives
 
 K = 4  # a power of two: dividing by it is exact
-W = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+W: Any = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
 
 
 def _gradients(n, seed=0):
@@ -21,8 +23,8 @@ def _gradients(n, seed=0):
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_zeros_between_and_the_rule_on_the_reduced_gradients_at_multiples(reduce):
     """Bit for bit, with a rule that has a state and looks at the weights."""
-    inner = optax.adamw(0.1)
-    tx = every(K, inner, reduce)
+    inner: Any = optax.adamw(0.1)
+    tx: Any = every(K, inner, reduce)
     step, inner_step = compiled(tx.update), compiled(inner.update)
     state, inner_state, w = tx.init(W), inner.init(W), W
     gradients = _gradients(2 * K + 1)
@@ -44,8 +46,8 @@ def test_zeros_between_and_the_rule_on_the_reduced_gradients_at_multiples(reduce
 
 
 def test_every_step_is_the_rule_itself():
-    inner = optax.adam(0.1)
-    tx = every(1, inner)
+    inner: Any = optax.adam(0.1)
+    tx: Any = every(1, inner)
     state, want = tx.init(W), inner.init(W)
     assert_close(state, want, 0)
     for g in _gradients(2):
@@ -56,7 +58,7 @@ def test_every_step_is_the_rule_itself():
 
 def test_the_rule_is_not_computed_while_waiting():
     """Its square root is in one branch of one conditional and nowhere else."""
-    tx = every(K, optax.adam(0.1))
+    tx: Any = every(K, optax.adam(0.1))
     jaxpr = jax.make_jaxpr(tx.update)(W, tx.init(W), W).jaxpr
     (cond,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
     wait, step = (primitives(b.jaxpr) for b in cond.params["branches"])
@@ -67,7 +69,7 @@ def test_the_rule_is_not_computed_while_waiting():
 
 def test_levels_of_different_clocks_side_by_side():
     """Spec test 30: each leaf moves exactly at its own multiples."""
-    tx = optax.partition({"fast": optax.sgd(1.0), "slow": every(4, optax.sgd(1.0))}, {"a": "fast", "b": "slow"})
+    tx: Any = optax.partition({"fast": optax.sgd(1.0), "slow": every(4, optax.sgd(1.0))}, {"a": "fast", "b": "slow"})
     state = tx.init(W)
     for i, g in enumerate(_gradients(8)):
         updates, state = tx.update(g, state, W)
@@ -76,10 +78,12 @@ def test_levels_of_different_clocks_side_by_side():
 
 
 def test_extra_arguments_reach_the_rule():
-    scaled = optax.GradientTransformationExtraArgs(
-        lambda p: optax.EmptyState(), lambda u, s, p=None, *, gain, **_: (jax.tree.map(lambda x: gain * x, u), s)
-    )
-    tx = every(2, scaled)
+    def update(updates: Any, state: Any, params: Any = None, *, gain: float, **_: Any):
+        return jax.tree.map(lambda x: gain * x, updates), state
+
+    rule: Any = update
+    scaled = optax.GradientTransformationExtraArgs(optax.identity().init, rule)
+    tx: Any = every(2, scaled)
     state = tx.init(W)
     _, state = tx.update(W, state, W, gain=3.0)
     updates, _ = tx.update(W, state, W, gain=3.0)
@@ -89,7 +93,7 @@ def test_extra_arguments_reach_the_rule():
 def test_keeps_the_dtype_of_the_gradients():
     """Low-precision gradients come out as they went in, from both branches."""
     g = jnp.ones(2, jnp.bfloat16)
-    tx = every(2, optax.adam(0.1))
+    tx: Any = every(2, optax.adam(0.1))
     updates, state = tx.update(g, tx.init(g), g)
     assert updates.dtype == jnp.bfloat16
     assert tx.update(g, state, g)[0].dtype == jnp.bfloat16
@@ -97,7 +101,7 @@ def test_keeps_the_dtype_of_the_gradients():
 
 def test_runs_under_scan_and_vmap():
     """One program for a run of steps, and independent clocks side by side."""
-    tx = every(2, optax.sgd(1.0))
+    tx: Any = every(2, optax.sgd(1.0))
     gs = jnp.arange(12.0).reshape(2, 6)
 
     def run(gs):

@@ -329,15 +329,17 @@ def test_defaults_start_as_the_specification_says():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
-def _equal_keys(rule, alpha, eta, chunks=1):
-    """M k / value and M_0 k after C = 16 equal unit keys per chunk, on a matrix memory."""
+def _equal_keys(rule, alpha, eta):
+    """(M_C k, M_0 k, v) for a chunk of C = 16 equal pairs with a unit key, on a matrix memory."""
     rng = np.random.default_rng(0)
     k, v, w = rng.normal(size=3), rng.normal(size=3), rng.normal(size=(3, 3))
     k /= np.linalg.norm(k)
     n = nest(level(linear_memory(3, 3), rule, 16, objective=l2_regression))
-    repeat = lambda x: np.tile(x, (16 * chunks, 1))  # noqa: E731
-    gates = {"eta": np.full(16 * chunks, eta), "alpha": np.full(16 * chunks, alpha)}
-    state, _ = n.apply(n.init(({"w": jnp.asarray(w)},)), Tokens(repeat(k), repeat(v), **gates))
+    repeat = lambda x: jnp.tile(x, (16, 1))  # noqa: E731
+    gates = {"eta": jnp.full(16, eta), "alpha": jnp.full(16, alpha)}
+    state, _ = n.apply(
+        n.init(({"w": jnp.asarray(w)},)), Tokens(repeat(k), repeat(v), eta=gates["eta"], alpha=gates["alpha"])
+    )
     return k @ state.levels[0].start["w"], k @ w, v
 
 
@@ -362,7 +364,7 @@ def test_the_fixed_point_is_half_the_value(x64):
     for rule, want in ((dgd(0.5), v / 2), (dgd(0.5, decay=False), v)):
         n = nest(level(linear_memory(3, 3, 1.0), rule, 1, objective=l2_regression))
         params = float64(n.params(jax.random.key(0)))
-        state, _ = n.apply(n.init(params), Tokens(np.tile(k, (100, 1)), np.tile(v, (100, 1))))
+        state, _ = n.apply(n.init(params), Tokens(jnp.tile(k, (100, 1)), jnp.tile(v, (100, 1))))
         assert_close(k @ state.levels[0].start["w"], want, 1e-10)
 
 

@@ -1,5 +1,8 @@
 """Rules: delta gradient descent is the step it claims to be (spec section 3), retention and momentum (2.4, 4.1)."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +14,7 @@ from tests.oracles import assert_close, proximal, write
 K, V, N = 4, 3, 6
 
 
-def _step(tx, updates, params, **extra):
+def _step(tx: Any, updates, params, **extra) -> Any:
     """New weights after one update from a fresh state."""
     step, _ = tx.update(updates, tx.init(params), params, **extra)
     return optax.apply_updates(params, step)
@@ -22,6 +25,10 @@ def _proximal_minimiser(x, delta, start, eta, weight=1.0):
     rows = np.concatenate([np.sqrt(weight) * x, np.eye(K) / np.sqrt(eta)])
     targets = np.concatenate([-np.sqrt(weight) * delta, start / np.sqrt(eta)])
     return np.linalg.lstsq(rows, targets)[0]
+
+
+def _outer(delta: Any, key: Any) -> Outer:
+    return Outer(delta, key)
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def test_dgd_on_one_sample_is_the_proximal_minimiser(norm, dense, start, rng):
     x, delta = rng.normal(size=(1, K)), rng.normal(size=(1, V))
     x *= norm / np.linalg.norm(x)
     want = _proximal_minimiser(x, delta, start, eta=0.8)
-    updates = {"w": x.T @ delta if dense else Outer(delta, x)}
+    updates = {"w": x.T @ delta if dense else _outer(delta, x)}
     extra = {"gram": {"w": x.T @ x}} if dense else {}
     assert_close(_step(dgd(0.8), updates, {"w": start}, **extra)["w"], want)
 
@@ -74,7 +81,7 @@ def test_dgd_without_decay_is_sgd_with_the_same_steps(exact, start, rng):
     for t in range(N):
         step = proximal(eta[t], x[t]) if exact else eta[t]
         want = optax.apply_updates(want, optax.sgd(step).update(np.outer(x[t], delta[t]), (optax.EmptyState(),) * 2)[0])
-    assert_close(_step(dgd(exact=exact, decay=False), {"w": Outer(delta, x)}, {"w": start}, eta=eta)["w"], want)
+    assert_close(_step(dgd(exact=exact, decay=False), {"w": _outer(delta, x)}, {"w": start}, eta=eta)["w"], want)
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -86,12 +93,13 @@ def test_dgd_on_a_chunk_is_the_token_loop(decay, exact, momentum, start, rng):
     eta, alpha, mu = rng.uniform(0.1, 0.9, (2, N)), rng.uniform(0.6, 1, (2, N)), rng.uniform(0.1, 0.9, (2, N))
     if momentum != "gate":
         mu[:] = 0.0 if momentum is None else momentum
-    tx = dgd(exact=exact, decay=decay, momentum=momentum)
-    params, state = {"w": jnp.asarray(start)}, tx.init({"w": jnp.asarray(start)})
+    tx: Any = dgd(exact=exact, decay=decay, momentum=momentum)
+    params: Any = {"w": jnp.asarray(start)}
+    state = tx.init(params)
     s, z = start, np.zeros((K, V))
     for i in range(2):
         gates = {"eta": eta[i], "alpha": alpha[i]} | ({"mu": mu[i]} if momentum == "gate" else {})
-        step, state = tx.update({"w": Outer(delta[i], x[i])}, state, params, **gates)
+        step, state = tx.update({"w": _outer(delta[i], x[i])}, state, params, **gates)
         params = optax.apply_updates(params, step)
         for t in range(N):
             e = proximal(eta[i, t], x[i, t]) if exact else eta[i, t]
@@ -106,7 +114,7 @@ def test_dgd_erases_from_the_decayed_state(start, rng):
     k, v = rng.normal(size=(1, K)), rng.normal(size=(1, V))
     tx = dgd(0.3, exact=False, decayed_erase=True)
     want = (np.eye(K) - 0.3 * k.T @ k) @ (0.8 * start) + 0.3 * k.T @ v
-    assert_close(_step(tx, {"w": Outer(-v, k)}, {"w": start}, alpha=0.8)["w"], want)
+    assert_close(_step(tx, {"w": _outer(-v, k)}, {"w": start}, alpha=0.8)["w"], want)
 
 
 def test_one_key_sets_the_step_of_all_weights(start, rng):
@@ -114,7 +122,9 @@ def test_one_key_sets_the_step_of_all_weights(start, rng):
     k, h = rng.normal(size=(N, K)), 2 * rng.normal(size=(N, 5))
     d2, d1 = rng.normal(size=(N, V)), rng.normal(size=(N, V))
     w1 = rng.normal(size=(5, V))
-    got = _step(dgd(0.9, input_leaf="w2"), {"w2": Outer(d2, k), "w1": Outer(d1, h)}, {"w2": start, "w1": w1}, alpha=0.9)
+    got = _step(
+        dgd(0.9, input_leaf="w2"), {"w2": _outer(d2, k), "w1": _outer(d1, h)}, {"w2": start, "w1": w1}, alpha=0.9
+    )
     s2, s1 = start, w1
     for t in range(N):
         eta = proximal(0.9, k[t])
@@ -125,7 +135,7 @@ def test_one_key_sets_the_step_of_all_weights(start, rng):
 
 def test_an_exact_step_never_overshoots(start, rng):
     x, delta = 30 * rng.normal(size=(1, K)), rng.normal(size=(1, V))
-    far = _step(dgd(1e6), {"w": Outer(delta, x)}, {"w": start})["w"]
+    far = _step(dgd(1e6), {"w": _outer(delta, x)}, {"w": start})["w"]
     assert_close(x @ far, -delta, 1e-6)  # the target -delta up to 1 / (eta ||x||^2)
 
 
@@ -134,9 +144,9 @@ def test_an_exact_step_never_overshoots(start, rng):
     [
         (dgd(0.1), np.ones((K, V)), {}, TypeError, "gram="),
         (dgd(0.1, momentum=0.9), np.ones((K, V)), {"gram": {"w": np.eye(K)}}, TypeError, "Outer"),
-        (dgd(), Outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "eta="),
-        (dgd(0.1, momentum="gate"), Outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "mu="),
-        (dgd(0.1, input_leaf="x"), Outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, r"'x'.*\['w'\]"),
+        (dgd(), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "eta="),
+        (dgd(0.1, momentum="gate"), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "mu="),
+        (dgd(0.1, input_leaf="x"), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, r"'x'.*\['w'\]"),
     ],
 )
 def test_dgd_says_what_it_needs(tx, updates, extra, error, message):
@@ -146,15 +156,16 @@ def test_dgd_says_what_it_needs(tx, updates, extra, error, message):
 
 
 def test_dgd_needs_the_weights():
-    tx, params = dgd(0.1), {"w": np.zeros((K, V), np.float32)}
+    tx: Any = dgd(0.1)
+    params = {"w": np.zeros((K, V), np.float32)}
     with pytest.raises(ValueError, match="current weights"):
-        tx.update({"w": Outer(np.ones((1, V)), np.ones((1, K)))}, tx.init(params))
+        tx.update({"w": _outer(np.ones((1, V)), np.ones((1, K)))}, tx.init(params))
 
 
 def test_retention_towards_zero_and_towards_the_start(x64):
     begin, now, g = jnp.array([1.0, -2.0]), jnp.array([3.0, 0.5]), jnp.array([0.1, 0.2])
     for towards, target in (("zero", 0.0), ("start", begin)):
-        tx = optax.chain(optax.sgd(1.0), retention(0.8, towards))
+        tx: Any = optax.chain(optax.sgd(1.0), retention(0.8, towards))
         step, _ = tx.update(g, tx.init(begin), now)
         assert_close(now + step, 0.8 * (now - target) + target - g)
 
@@ -195,3 +206,32 @@ def test_heavy_ball_is_titans_momentum_and_optax_trace(x64, rng):
 def test_bad_constants_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+SHIPPED = {
+    "dgd": dgd(0.1),
+    "dgd_momentum": dgd(0.1, momentum=0.9),
+    "retention": retention(0.9),
+    "retention_start": retention(0.9, "start"),
+    "heavy_ball": heavy_ball(0.9),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_contract_of_every_rule(name, dtype):
+    """Accepts arguments meant for others, keeps dtype and structure of updates and state, so that it scans."""
+    tx: Any = SHIPPED[name]
+    params = {"w": jnp.ones((K, V), dtype)}
+    updates = {"w": jnp.ones((K, V), dtype)}
+    if name.startswith("dgd"):
+        updates = {"w": _outer(jnp.ones((2, V), dtype), jnp.ones((2, K), dtype))}
+
+    def step(carry, _):
+        params, state = carry
+        step, state = tx.update(updates, state, params, value=1.0, unknown=None)
+        assert step["w"].dtype == dtype and step["w"].shape == (K, V)
+        return (optax.apply_updates(params, step), state), None
+
+    (after, _), _ = jax.eval_shape(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=2), params)
+    assert after["w"].dtype == dtype
