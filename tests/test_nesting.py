@@ -428,6 +428,23 @@ def test_examples_of_a_batch_are_isolated(two_levels, x64, rng):
     assert_close(second((state, ys)), alone)
 
 
+def test_a_batch_of_carried_states(x64, rng):
+    """vmap over states and tokens, in two calls, with the clock said or not."""
+    n = _one(dgd(0.4), 2)
+    params = float64(jax.vmap(n.params)(jax.random.split(jax.random.key(0), 2)))
+    xs = jax.tree.map(lambda *x: np.stack(x), make_tokens(rng, 5, ()), make_tokens(rng, 5, ()))
+    want = compiled(jax.vmap(lambda p, xs: n.apply(n.init(p), xs)))(params, xs)
+    state = jax.vmap(n.init)(params)
+    for phases in ((0, 3), (None, None)):
+        now, ys = state, []
+        for phase, part in zip(phases, (slice(0, 3), slice(3, 5)), strict=True):
+            apply = jax.vmap(lambda s, xs, phase=phase: n.apply(s, xs, phase=phase))
+            now, y = compiled(apply)(now, jax.tree.map(lambda x, part=part: x[:, part], xs))
+            ys.append(y)
+        assert_close((now.levels, jnp.concatenate(ys, axis=1)), (want[0].levels, want[1]))
+        assert np.asarray(now.phase).tolist() == [1, 1]
+
+
 def test_states_are_ordinary_pytrees_that_scan_and_jit(two_levels, whole):
     """A state goes through flatten and unflatten, and is the carry of an outer scan over tokens."""
     params, tokens, want, want_y = whole

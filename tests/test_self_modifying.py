@@ -316,6 +316,31 @@ def test_gates_at_init(heads):
     assert 0.02 / 1.5 <= softplus(logits["eta"]).mean() <= 0.02 * 1.5
 
 
+def test_gates_stay_in_their_range():
+    """alpha <= 1 and eta >= 0 whatever the read-outs say: reads are finite and retention never amplifies."""
+    config = change(chunk_proj=2, chunk_mem=2, momentum="gate")
+    layer = self_modifying(config)
+    params = layer.init(jax.random.key(0))
+    params["gates"] = jax.tree.map(lambda w: 1e4 * jnp.sign(w), params["gates"])
+    params["gates"]["eta"]["b"] = -1e6 + 0 * params["gates"]["eta"]["b"]  # no writes: only retention is left
+    start = layer.init_state(params)
+    state, y = layer.apply(params, start, jnp.asarray(stream(8), jnp.float32))
+    assert np.isfinite(y).all()
+    for old, new in zip(jax.tree.leaves(start.levels), jax.tree.leaves(state.levels), strict=True):
+        assert (jnp.abs(new) <= jnp.abs(old)).all()
+
+
+def test_examples_of_a_batch_are_isolated(x64):
+    """Spec test 36: another example 0, bit for bit the same example 1."""
+    config = change(chunk_proj=2, chunk_mem=2)
+    layer, params = self_modifying(config), float64(shaken(config))
+    run = compiled(jax.vmap(lambda r: layer.apply(params, layer.init_state(params), r)))
+    first, second = run(np.stack([stream(6), stream(6, seed=1)])), run(np.stack([stream(6, seed=2), stream(6, seed=1)]))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert (a[1] == b[1]).all()
+    assert (first[1][0] != second[1][0]).all()
+
+
 def test_defaults_start_as_the_specification_says():
     """Identity filters, small read-outs, and boxes with different weights per head and name."""
     params = self_modifying(SelfModifyingConfig(dim=8, heads=2, momentum="gate")).init(jax.random.key(0))
