@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from hope_jax.chunk_form import FactoredTransformation
 from hope_jax.types import (
     Level,
     LevelState,
@@ -49,8 +50,9 @@ def level(
         memory: what is remembered with; None if the nest's error function alone knows the weights.
         tx: the rule, any optax transformation.
         chunk_size: C, tokens per write; errors are taken at the weights the chunk started with.
-        objective: makes the level local: its errors are factored and per token. None makes it global: its
-            errors are dense, summed over the chunk, and the rule runs once per chunk (paper (71)).
+        objective: makes the level local: its errors are factored and per token. None makes it global: the nest's
+            error function gives its errors, which are summed over the chunk, and the rule runs once per chunk
+            (paper (71)); only `dgd`, which needs the product over the chunk's tokens, writes each one.
         read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
             "after" the token's own write (spec 5.1).
         bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
@@ -85,8 +87,8 @@ def nest(
         levels: chunk sizes must divide each other, fastest first.
         error: `error(params_by_level, carry, chunk) -> (errors_by_level, carry, ys)`, called on pieces of at most
             the fastest chunk size with the weights each level's chunk started with. Errors are trees like the
-            weights: `Outer` leaves for local levels (or `Write(error, gates, query)`), dense sums over the piece
-            for global ones. Default: every level remembers the same `Tokens` with its own objective.
+            weights: `Outer` leaves for local levels and `dgd` (or `Write(error, gates, query)`); `Outer` leaves
+            or dense sums over the piece for global ones. Default: every level remembers the same `Tokens` with its own objective.
         output: `output(ys, reads) -> ys`, where reads[i] answers level i's query with running weights; needed
             only by error functions whose levels read "before" or "after".
         remat: recompute each fastest chunk in the backward pass instead of saving its intermediates.
@@ -232,8 +234,13 @@ def _segments(sizes: tuple[int, ...], phase: int, length: int) -> Iterator[tuple
         yield i, tokens, [j for j in range(i + 1, len(sizes)) if now % sizes[j] == 0]
 
 
+def _writes_tokens(lev: Level) -> bool:
+    """Is every token written as it comes? Local levels do, and rules that need the product over a chunk's tokens."""
+    return lev.objective is not None or isinstance(lev.tx, FactoredTransformation)
+
+
 def _open(lev: Level, params: Params) -> LevelState:
-    local = lev.objective is not None
+    local = _writes_tokens(lev)
     return LevelState(
         start=params,
         running=params if local else None,
@@ -251,7 +258,7 @@ def _at_rest(states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
 def _begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
     """Level i at the start of a chunk, from its weights at rest."""
     start = states[i].start
-    local = levels[i].objective is not None
+    local = _writes_tokens(levels[i])
     fresh = states[i]._replace(
         running=start if local else None,
         pending=None if local else jax.tree.map(jnp.zeros_like, start),

@@ -97,6 +97,11 @@ def dgd(
         return Recurrence(error.key, -eta[..., None] * error.delta, erase, log_alpha, log_mu_of(gates, shape))
 
     def recurrences(errors: Any, gates: Gates) -> Any:
+        if not all(map(is_outer, jax.tree.leaves(errors, is_leaf=is_outer))):
+            raise TypeError(
+                "dgd writes token by token: its level's errors must be Outer(delta, key) factors, not dense"
+            )
+
         def own_key(error: Outer) -> Recurrence:
             eta = proximal(eta_of(gates, error.key.shape[:-1]), error.key)
             return recurrence(error, eta, decay, gates)

@@ -4,7 +4,7 @@ Two ways with one result: through the delta-rule kernel when the rule has a chun
 rule's own `update`. The second is slow, exact for every optax transformation, and the oracle of the first.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def factored_errors(
     return y, backward(objective.delta(y, value))
 
 
-@cache
+@lru_cache(maxsize=256)
 def chunk_form(level: Level) -> ChunkForm | None:
     """The chunk form of a level's rule, found once per level; None if the rule must step token by token."""
     if isinstance(level.tx, FactoredTransformation):
