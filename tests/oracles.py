@@ -97,6 +97,12 @@ def proximal(eta, key):
 
 def cms_token(params_by_level, x, target):
     """One token by hand, (S6.1): output, and the gradient of 1/2 ||y - target||^2 to every weight."""
+    y, factors = cms_factors(params_by_level, x, target)
+    return y, [{n: np.outer(k, d) for n, (k, d) in level.items()} for level in factors]
+
+
+def cms_factors(params_by_level, x, target):
+    """The same gradient per weight as (input of the weight, error at its output)."""
     inputs = []
     for p in params_by_level:
         rms = np.sqrt(np.mean(x**2) + 1e-6)
@@ -104,13 +110,13 @@ def cms_token(params_by_level, x, target):
         z = n @ p["w2"]
         inputs.append((x, rms, n, z))
         x = x + gelu(z) @ p["w1"]
-    y, g, gradients = x, x - target, []
+    y, g, factors = x, x - target, []
     for p, (before, rms, n, z) in zip(reversed(params_by_level), reversed(inputs), strict=True):
         dz = gelu_slope(z) * (p["w1"] @ g)
-        gradients.insert(0, {"w1": np.outer(gelu(z), g), "w2": np.outer(n, dz)})
+        factors.insert(0, {"w1": (gelu(z), g), "w2": (n, dz)})
         dn = p["w2"] @ dz
         g = g + dn / rms - before * (before @ dn) / (g.size * rms**3)
-    return y, gradients
+    return y, factors
 
 
 def cms_loop(start, xs, targets, sizes, eta):

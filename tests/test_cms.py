@@ -6,8 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax import cms, cms_chain, cms_memory, l2_regression, level, linear_memory, slow_period
-from tests.oracles import assert_close, cms_loop, cms_token, compiled, float64, gelu, numpy64
+from hope_jax import cms, cms_chain, cms_memory, dgd, l2_regression, level, linear_memory, slow_period
+from tests.oracles import (
+    assert_close,
+    cms_factors,
+    cms_loop,
+    cms_token,
+    compiled,
+    float64,
+    gelu,
+    numpy64,
+    proximal,
+    write,
+)
 
 D, F = 3, 4
 SIZES = (2, 4, 12)
@@ -112,6 +123,32 @@ def test_causality(chain, start, data):
     assert float(jnp.abs(taught[t0 + 1] - y[t0 + 1]).max()) > 1e-6
 
 
+def test_delta_gradient_descent_writes_every_token(start, data):
+    """A level whose rule needs the product over its chunk: errors at the start weights, the recurrence on running
+    ones, which take over at the boundary (spec 6.2). Beside it a level that sums; T is no multiple of either."""
+    x, target = (d[:11] for d in data)
+    levels = [level(cms_memory(D, F), dgd(0.2), 2), *_levels((4,))]
+    chain = cms(*levels, loss=l2_regression.loss)
+    state, y = compiled(lambda p, xs: chain.apply(chain.init(p), xs))(start[:2], (x, target))
+    fast, slow = numpy64(start[:2])
+    running, pending, ys = fast, {n: 0.0 for n in slow}, []
+    for t in range(11):
+        out, (factors, gradients) = cms_factors([fast, slow], x[t], target[t])
+        ys.append(out)
+        steps = {n: proximal(0.2, k) for n, (k, _) in factors.items()}
+        running = {n: write(running[n], 0.0, k, -steps[n] * d, steps[n])[0] for n, (k, d) in factors.items()}
+        pending = {n: pending[n] + np.outer(*gradients[n]) for n in slow}
+        if (t + 1) % 2 == 0:
+            fast = running
+        if (t + 1) % 4 == 0:
+            slow = {n: slow[n] - ETA / 4 * pending[n] for n in slow}
+            pending = {n: 0.0 for n in slow}
+    assert_close(y, np.stack(ys))
+    assert_close([s.start for s in state.levels], [fast, slow])
+    assert_close(state.levels[0].running, running)
+    assert_close(state.levels[1].pending, pending)
+
+
 def _outer(chain, data):
     """The outer loss as a function of the start weights: the mean loss of what was answered along the way."""
     x, target = (d[:12] for d in data)
@@ -157,8 +194,29 @@ def test_truncated_outer_gradients(start, data):
     assert_close(gradient(1), first)
     assert float(jnp.abs(full[0]["w1"] - first[0]["w1"]).max()) > 1e-4  # the writes do matter here
     two = gradient(2)
+    assert_close(two, _truncated(start[:1], x, target, 2))
     assert float(jnp.abs(two[0]["w1"] - first[0]["w1"]).max()) > 1e-4
     assert float(jnp.abs(two[0]["w1"] - full[0]["w1"]).max()) > 1e-4
+
+
+def _truncated(start, x, target, every):
+    """The outer gradient with theta <- theta_0 + sg(theta - theta_0) after every so many writes, as a plain loop."""
+    memory = cms_memory(D, F)
+
+    def losses(params, a, b):
+        return jnp.sum(l2_regression.loss(cms_chain([memory], params, a), b))
+
+    def total(params):
+        weights, out = params, 0.0
+        for i in range(4):
+            chunk = x[3 * i : 3 * i + 3], target[3 * i : 3 * i + 3]
+            out = out + losses(weights, *chunk) / 12
+            weights = jax.tree.map(lambda w, g: w - 0.3 / 3 * g, weights, jax.grad(losses)(weights, *chunk))
+            if (i + 1) % every == 0:
+                weights = jax.tree.map(lambda w, w0: w0 + jax.lax.stop_gradient(w - w0), weights, params)
+        return out
+
+    return compiled(jax.grad(total))(start)
 
 
 def test_it_learns(start, data):

@@ -524,6 +524,12 @@ def test_what_is_refused(make, message):
         make()
 
 
+def test_a_rule_that_writes_tokens_refuses_dense_errors():
+    n = nest(level(LINEAR, dgd(0.1), 2), error=lambda params, carry, x: (params, carry, x))
+    with pytest.raises(TypeError, match="Outer"):
+        n.apply(n.init(n.params(jax.random.key(0))), jnp.zeros((2, K)))
+
+
 def _clocks(*sizes):
     return nest(*(level(LINEAR, dgd(0.1), c, objective=l2_regression) for c in sizes))
 
