@@ -26,6 +26,9 @@ def factored_vjp(
     Returns:
         out, a function from out's cotangent to a tree like `params` with `Outer` leaves, and aux.
 
+    Raises:
+        ValueError: a weight that is used twice or not through `linear`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from hope_jax import contract
@@ -35,14 +38,20 @@ def factored_vjp(
         [[3.0], [3.0]]
     """
     leaves, treedef = jax.tree.flatten(params)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     refs = treedef.unflatten(range(len(leaves)))
     products = {}
 
     def measure(x: jax.Array, i: int) -> jax.Array:
+        if i in products:
+            raise ValueError(f"weight {names[i]} is used twice; a factored gradient needs one product per weight")
         products[i] = x @ leaves[i]
         return products[i]
 
     jax.eval_shape(lambda: forward(refs, measure))
+    unused = [name for i, name in enumerate(names) if i not in products]
+    if unused:
+        raise ValueError(f"weights {', '.join(unused)} must each be used through linear(x, weight); they were not")
 
     def tapped(taps: list[jax.Array]) -> tuple[Any, tuple[Any, dict[int, jax.Array]]]:
         keys = {}

@@ -58,7 +58,8 @@ def level(
         bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
 
     Raises:
-        ValueError: chunk_size or bptt_chunks below 1, or an unknown read.
+        ValueError: chunk_size or bptt_chunks below 1, an unknown read, or a running read of a level that is
+            written only at the end of its chunk.
 
     Example:
         >>> import optax
@@ -72,7 +73,10 @@ def level(
         raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
     if read not in READS:
         raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
-    return Level(memory, tx, chunk_size, objective, read, bptt_chunks)
+    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks)
+    if read != "start" and not _writes_tokens(made):
+        raise ValueError(f"read={read!r} needs weights that change within the chunk: give the level an objective")
+    return made
 
 
 def nest(
@@ -88,7 +92,8 @@ def nest(
         error: `error(params_by_level, carry, chunk) -> (errors_by_level, carry, ys)`, called on pieces of at most
             the fastest chunk size with the weights each level's chunk started with. Errors are trees like the
             weights: `Outer` leaves for local levels and `dgd` (or `Write(error, gates, query)`); `Outer` leaves
-            or dense sums over the piece for global ones. Default: every level remembers the same `Tokens` with its own objective.
+            or dense sums over the piece for global ones. Default: every level remembers the same `Tokens` with
+            its own objective.
         output: `output(ys, reads) -> ys`, where reads[i] answers level i's query with running weights; needed
             only by error functions whose levels read "before" or "after".
         remat: recompute each fastest chunk in the backward pass instead of saving its intermediates.
@@ -120,7 +125,7 @@ def nest(
 
     Reference: paper sections 3 and 7, (71); spec 6.2.
     """
-    _check_levels(levels, error)
+    _check_levels(levels, error, output)
     sizes = tuple(l.chunk_size for l in levels)
     if error is None:
         error, output = _local_error(levels), _local_output
@@ -184,7 +189,7 @@ def nest(
             states, _ = _absorb(states, errors, range(len(levels)))
             phase = state.phase + 1
             due = [phase % c == 0 for c in sizes]
-            closed = _close(levels, states, range(len(levels)))
+            closed = _close(levels, tuple(map(_safe_pending, states, due)), range(len(levels)))
             states = tuple(
                 jax.tree.map(lambda a, b, d=d: jnp.where(d, a, b), new, old)
                 for d, new, old in zip(due, closed, states, strict=True)
@@ -195,8 +200,13 @@ def nest(
 
     def apply(state: NestState, xs: Any, phase: int | None = None) -> tuple[NestState, Any]:
         length = _length(xs)
-        if phase is None and not isinstance(state.phase, Tracer):
-            phase = int(state.phase)
+        known = None if isinstance(state.phase, Tracer) else int(state.phase)
+        if phase is None:
+            phase = known
+        elif not isinstance(phase, int):
+            raise TypeError(f"phase must be a Python integer or None; got {phase!r}")
+        elif known is not None and phase % sizes[-1] != known:
+            raise ValueError(f"this state is {known} tokens after the slowest level's last boundary; got phase={phase}")
         if phase is None or length == 0:
             return token_by_token(state, xs)
         return aligned(state, xs, phase % sizes[-1])
@@ -204,7 +214,7 @@ def nest(
     return Nest(params, init, apply)
 
 
-def _check_levels(levels: tuple[Level, ...], error: Callable | None) -> None:
+def _check_levels(levels: tuple[Level, ...], error: Callable | None, output: Callable | None) -> None:
     if not levels:
         raise ValueError("nest needs at least one level")
     sizes = [l.chunk_size for l in levels]
@@ -212,6 +222,11 @@ def _check_levels(levels: tuple[Level, ...], error: Callable | None) -> None:
         raise ValueError(f"chunk sizes must divide, fastest first; got {sizes}")
     if error is None and any(l.objective is None or l.memory is None for l in levels):
         raise ValueError("without an error function every level needs a memory and an objective")
+    if error is None and output is not None:
+        raise ValueError("output= goes with an error function; without one, ys are the levels' reads")
+    if error is not None and output is None and any(l.read != "start" for l in levels):
+        reads = [l.read for l in levels]
+        raise ValueError(f"levels that read running weights need output=, which receives the reads; got read={reads}")
 
 
 def _length(xs: Any) -> int:
@@ -266,6 +281,11 @@ def _begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) ->
     return tuple(fresh if j == i else s for j, s in enumerate(states))
 
 
+def _safe_pending(state: LevelState, due: jax.Array) -> LevelState:
+    """Ones where the level is not due: the step it then takes is not selected, but its gradient must be finite."""
+    return state._replace(pending=jax.tree.map(lambda p: jnp.where(due, p, jnp.ones_like(p)), state.pending))
+
+
 def _close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
     return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
 
@@ -284,6 +304,7 @@ def _close_one(lev: Level, state: LevelState) -> LevelState:
         theta0, writes = origin
         cut = (writes + 1) % lev.bptt_chunks == 0
         new = jax.tree.map(lambda w, w0: jnp.where(cut, w0 + jax.lax.stop_gradient(w - w0), w), new, theta0)
+        rule = jax.tree.map(lambda r: jnp.where(cut, jax.lax.stop_gradient(r), r), rule)
         origin = (theta0, writes + 1)
     return LevelState(new, None if state.running is None else new, pending, rule, origin)
 
@@ -305,15 +326,31 @@ def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) 
                 running, rule, read = write_chunk(lev, state.running, state.rule, write)
                 state = state._replace(running=running, rule=rule)
             elif all(map(is_outer, jax.tree.leaves(write.error, is_leaf=is_outer))):
-                later = write.error
+                later = _unmasked(write)
+            elif write.mask is not None:
+                raise ValueError("a mask needs factored errors; a dense sum must leave masked tokens out itself")
             else:
                 state = _add(state, write.error)
+            if state.running is None and (write.gates or write.query is not None):
+                raise ValueError("gates and queries are for levels that write token by token: give it an objective")
             new.append(state)
             reads.append(read)
             waiting.append(later)
         return (tuple(new), carry), (output(ys, tuple(reads)) if output else ys, tuple(waiting))
 
     return piece
+
+
+def _unmasked(write: Write) -> Any:
+    """Factored errors without those of masked tokens."""
+    if write.mask is None:
+        return write.error
+    keep = write.mask[:, None]
+    return jax.tree.map(
+        lambda e: e._replace(delta=jnp.where(keep.reshape((1,) * (e.delta.ndim - 2) + keep.shape), e.delta, 0)),
+        write.error,
+        is_leaf=is_outer,
+    )
 
 
 def _add(state: LevelState, error: Any) -> LevelState:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from hope_jax.memories import linear_memory, mlp_memory
 from hope_jax.nesting import level, nest
-from hope_jax.objectives import l2_regression
+from hope_jax.objectives import huber_norm, l2_regression
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.transforms import dgd
-from hope_jax.types import Linear, Memory, Nest, NestState, Params, Write
+from hope_jax.types import Linear, Memory, Nest, NestState, Objective, Params, Write
 from hope_jax.writing import factored_errors
 
 
@@ -44,13 +44,24 @@ class SelfModifyingConfig:
     exact: bool = True  # eta' = eta / (1 + eta ||k||^2)
     mlp_rule: str = "input"  # "input" (S7.6) or "layerwise" (S7.7)
     conv_window: int = 4  # 0: no convolution
+    error_clip: float | None = None  # c: boxes regress with huber_norm(c) in the place of L2
+    value_norm: bool = False  # True: v is l2-normalised like k, which bounds what a box can ask of itself
     eta_init: float = 0.02
     alpha_init: float = 0.99
     remat: bool = True  # recompute each chunk in the backward pass: less memory, and faster on a CPU
 
     def __post_init__(self):
+        for name in ("dim", "heads", "memory_hidden", "chunk_proj", "chunk_mem"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads; got dim={self.dim}, heads={self.heads}")
+        if self.conv_window < 0:
+            raise ValueError(f"conv_window is a number of tokens, 0 for none; got {self.conv_window}")
+        if self.eta_init <= 0:
+            raise ValueError(f"eta_init must be positive; got {self.eta_init}")
+        if not 0 < self.alpha_init < 1:
+            raise ValueError(f"alpha_init is the RETAINED fraction and must lie in (0, 1); got {self.alpha_init}")
         for name, allowed in (
             ("memory", ("mlp", "linear")),
             ("stage", (1, 2, 3)),
@@ -59,8 +70,8 @@ class SelfModifyingConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
-        if not set(self.static) <= {"k", "v"}:
-            raise ValueError(f'static names projections, "k" or "v"; got {self.static}')
+        if isinstance(self.static, str) or not set(self.static) <= {"k", "v"}:
+            raise ValueError(f'static is a tuple of "k" and "v"; got {self.static!r}')
 
     @property
     def head_width(self) -> int:
@@ -131,6 +142,10 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
     return SequenceLayer(lambda key: _init(config, key), init_state, apply)
 
 
+def _objective(config: SelfModifyingConfig) -> Objective:
+    return l2_regression if config.error_clip is None else huber_norm(config.error_clip)
+
+
 def _box(config: SelfModifyingConfig) -> Memory:
     """One box of one head."""
     if config.memory == "linear":
@@ -181,7 +196,7 @@ def _nest(config: SelfModifyingConfig, params: Params) -> Nest:
     )
     memory = _side_by_side(config)
     levels = [
-        level(memory, rule, size, objective=l2_regression, read=config.read if "mem" in names else "start")
+        level(memory, rule, size, objective=_objective(config), read=config.read if "mem" in names else "start")
         for size, names in config.groups
     ]
     return nest(*levels, error=_error(config, memory, params), output=_output, remat=config.remat)
@@ -245,7 +260,7 @@ def _error(config: SelfModifyingConfig, memory: Memory, params: Params):
         writes = []
         for (_, names), start in zip(config.groups, starts, strict=True):
             value = memory.apply(start, v) if config.stage == 3 else jnp.broadcast_to(v, (len(names), *v.shape))
-            _, errors = factored_errors(memory, l2_regression, start, k, value)
+            _, errors = factored_errors(memory, _objective(config), start, k, value)
             writes.append(Write(errors, gates, q if "mem" in names else None, piece["mask"]))
         return tuple(writes), tails, None if y_HCK is None else jnp.moveaxis(y_HCK, 1, 0)
 
@@ -262,7 +277,8 @@ def _keys_values_queries(config: SelfModifyingConfig, params: Params, made: dict
         new[name] = tails[name]
         if config.conv_window:
             new[name], raw = short_conv(params["conv"][name], tails[name], raw)
-        out[name] = jnp.moveaxis(raw if name == "v" else l2_normalize(raw), 0, 1)
+        unit = name != "v" or config.value_norm
+        out[name] = jnp.moveaxis(l2_normalize(raw) if unit else raw, 0, 1)
     return out["k"], out["v"], out["q"], new
 
 

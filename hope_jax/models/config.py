@@ -34,6 +34,8 @@ class ModelConfig:
       mlp_rule: "input" erases in the first matrix of a box only, "layerwise" in both (spec S7.6, S7.7).
       adaptive_q: queries come from a written box too.
       conv_window: causal convolution after q, k, v; 0 = none.
+      value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
+        themselves, can feed on their own growth until they overflow (experiments/LOG.md).
       eta_init: inner step size at the start of training.
       out_gate: gate the self-modifying output by silu(r @ w_gate).
       cms_hidden: hidden width of each CMS level, fast first.
@@ -69,6 +71,8 @@ class ModelConfig:
     mlp_rule: Literal["input", "layerwise"] = "input"
     adaptive_q: bool = False
     conv_window: int = 4
+    value_norm: bool = True
+    error_clip: float | None = None
     eta_init: float = 0.02
     out_gate: bool = True
     cms_hidden: tuple[int, ...] = (128, 128)

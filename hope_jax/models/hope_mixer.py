@@ -66,6 +66,8 @@ def _layer_config(config: ModelConfig) -> SelfModifyingConfig:
         exact=config.exact,
         mlp_rule=config.mlp_rule,
         conv_window=config.conv_window,
+        value_norm=config.value_norm,
+        error_clip=config.error_clip,
         eta_init=config.eta_init,
         remat=config.remat != "none",
     )
