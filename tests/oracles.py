@@ -160,6 +160,7 @@ def self_modifying_loop(config, params, r, mask=None):
                 past[n] = taps[1:]
                 made[n] = sum(w[head] * a for w, a in zip(params["conv"][n], taps, strict=True)) if window else taps[-1]
             q, k, v = l2_unit(made["q"]), l2_unit(made["k"]), made["v"]
+            v = l2_unit(v) if config.value_norm else v
 
             def gate(name, x=x, head=head, start=start):
                 p = params["gates"][name]
@@ -174,6 +175,8 @@ def self_modifying_loop(config, params, r, mask=None):
                     continue
                 value = mlp_read(start[b], v) if config.stage == 3 else v
                 e = mlp_read(start[b], k) - value
+                if config.error_clip is not None:  # Huber of the norm
+                    e = e * min(1.0, config.error_clip / np.linalg.norm(e))
                 for n, (key, delta) in mlp_factors(start[b], k, e).items():
                     own = key if config.mlp_rule == "layerwise" or config.memory == "linear" else k
                     step = proximal(eta, own) if config.exact else eta

@@ -76,6 +76,8 @@ SWITCHES = {
     "two heads, static k and v, no convolution": {"dim": 4, "heads": 2, "static": ("k", "v"), "conv_window": 0},
     "printed step, layerwise, no decay": {"exact": False, "mlp_rule": "layerwise", "dgd_decay": False},
     "two heads, wide convolution, adaptive q": {"dim": 4, "heads": 2, "conv_window": 6, "adaptive_q": True},
+    "clipped errors": {"error_clip": 0.5},
+    "values of unit norm": {"value_norm": True},
     "matrix memories, running read, stage 2": {"memory": "linear", "read": "before", "stage": 2},
 }
 
@@ -406,6 +408,7 @@ def test_a_switch_changes_only_what_it_names():
     assert set(default) == {"k", "v", "eta", "alpha", "mem"}
     same = ({"dgd_decay": False}, {"momentum": None}, {"retention": False}, {"stage": 2}, {"exact": False})
     same += ({"mlp_rule": "layerwise"}, {"read": "before"}, {"conv_window": 0}, {"remat": False})
+    same += ({"error_clip": 0.5}, {"value_norm": True})
     for switch in same:
         assert shapes(change(**switch)) == default
     for box in ("k", "v"):
