@@ -97,7 +97,7 @@ def _both_ways(tx, tokens, read, monkeypatch):
     n = nest(level(MEMORY, tx, C, objective=l2_regression, read=read))
     params = float64(n.params(jax.random.key(0)))
     fast = compiled(lambda p, xs: n.apply(n.init(p), xs))(params, tokens)
-    monkeypatch.setattr(hope_jax.writing, "chunk_form", lambda level: None)
+    monkeypatch.setattr(hope_jax.writing, "chunk_form", lambda *_: None)
     slow = compiled(lambda p, xs: n.apply(n.init(p), xs))(params, tokens)
     return fast, slow
 

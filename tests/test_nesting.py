@@ -348,6 +348,31 @@ def test_bptt_chunks_of_a_local_level(x64, rng):
     assert float(jnp.abs(full - first).max()) > 1e-3
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_truncation_cuts_weights_and_momentum(every, x64, rng):
+    """After every so many writes the running weights keep only their first-order path to the start, and the momentum
+    none: the gradient of the same recurrence written as a plain loop."""
+    tokens = make_tokens(rng, 8)
+    n = _one(dgd(momentum="gate"), level={"bptt_chunks": every, "read": "before"})
+    params = float64(n.params(jax.random.key(0)))
+    k, v, q, eta, alpha, mu = (jnp.asarray(x) for x in tokens[:6])
+
+    def loss(first):
+        start, s, z, total = first, first, jnp.zeros_like(first), 0.0
+        for t in range(8):
+            total = total + jnp.sum((q[t] @ s) ** 2)
+            step = eta[t] / (1 + eta[t] * k[t] @ k[t])
+            z = mu[t] * z - step * jnp.outer(k[t], k[t] @ start - v[t])
+            s = alpha[t] * s - step * jnp.outer(k[t], k[t] @ s) + z
+            if (t + 1) % (2 * every) == 0:
+                s, z = first + jax.lax.stop_gradient(s - first), jax.lax.stop_gradient(z)
+            start = s if (t + 1) % 2 == 0 else start
+        return total
+
+    want = compiled(jax.grad(loss))(params[0]["w"])
+    assert_close(compiled(jax.grad(_loss(n, tokens)))(params)[0]["w"], want)
+
+
 def test_remat_changes_no_number(x64, rng):
     """Values exactly, gradients as far as a reordered sum may; and only with remat is there something recomputed."""
     tokens = make_tokens(rng, 8, ())
