@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import language_model, nest, self_modifying
-from hope_jax.models import ModelConfig
+from hope_jax.training.presets import preset
 from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
 from hope_kernels.delta_rule import bench as delta_rule_bench
 
@@ -35,11 +35,11 @@ def run_self_modifying() -> list[Timing]:
 
 
 def run_language_model() -> list[Timing]:
-    config = ModelConfig(name="hope", dim=128, layers=2, heads=4, cms_hidden=(256, 256), chunk_proj=16, chunk_mem=16)
+    config = preset("tiny").model
     functions, tokens = language_model.steps(config)
-    timings = time_side_by_side(functions, tokens, case="training step, 4 x 512", base="transformer", repeats=7)
+    timings = time_side_by_side(functions, tokens, case="training step, 8 x 512", base="transformer", repeats=7)
     for t in timings:
-        print(f"{t.case} {t.implementation}: {4 * 512 / t.median:,.0f} tokens/s")
+        print(f"{t.case} {t.implementation}: {8 * 512 / t.median:,.0f} tokens/s")
     for length, size in language_model.backward_bytes(config, (256, 512, 1024, 2048)).items():
         print(
             f"training step, 1 x {length}: {size / 2**20:.1f} MiB of temporaries, {size / length / 1024:.1f} KiB a token"

@@ -36,6 +36,7 @@ class ModelConfig:
       conv_window: causal convolution after q, k, v; 0 = none.
       value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
         themselves, can feed on their own growth until they overflow (experiments/LOG.md).
+      error_clip: norm beyond which a box's error counts linearly (Huber in the place of L2); None = never.
       eta_init: inner step size at the start of training.
       out_gate: gate the self-modifying output by silu(r @ w_gate).
       cms_hidden: hidden width of each CMS level, fast first.
@@ -178,6 +179,10 @@ def _check_memories(config: ModelConfig) -> None:
     _require(
         isinstance(config.conv_window, int) and config.conv_window >= 0,
         f"conv_window must be 0 (none) or a number of tokens; got {config.conv_window!r}",
+    )
+    clip = config.error_clip
+    _require(
+        clip is None or (_is_number(clip) and clip > 0), f"error_clip must be None or a positive number; got {clip!r}"
     )
     _require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
     fast, slow = sorted((config.chunk_proj, config.chunk_mem))
