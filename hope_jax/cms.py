@@ -13,7 +13,19 @@ from hope_jax.types import Level, Linear, Memory, Nest, Params
 
 
 def cms_memory(width: int, hidden: int, init_scale: float = 0.5) -> Memory:
-    """One link of the chain: gelu(x @ w2) @ w1, [..., D] -> [..., D] (spec 6.1)."""
+    """One link of the chain: gelu(x @ w2) @ w1, [..., D] -> [..., D] (spec 6.1).
+
+    Args:
+        width: D.
+        hidden: F.
+        init_scale: as in `mlp_memory`.
+
+    Example:
+        >>> import jax
+        >>> memory = cms_memory(4, 8)
+        >>> memory.apply(memory.init(jax.random.key(0)), jax.numpy.ones((2, 4))).shape
+        (2, 4)
+    """
     return mlp_memory(width, hidden, residual=False, init_scale=init_scale)
 
 
@@ -40,6 +52,15 @@ def cms_chain(
         linear: as in `Memory`.
         norms: one function per level; None is `rms_norm` without gains. Gains belong to the outer level.
         residual: False with identity norms is the bare chain of (70).
+
+    Example:
+        >>> import jax
+        >>> links = [cms_memory(4, 8), cms_memory(4, 8)]
+        >>> params = [m.init(jax.random.key(i)) for i, m in enumerate(links)]
+        >>> cms_chain(links, params, jax.numpy.ones((2, 4))).shape
+        (2, 4)
+
+    Reference: paper (70); spec S6.1.
     """
     norms = norms if norms is not None else [rms_norm] * len(memories)
     for memory, params, norm in zip(memories, params_by_level, norms, strict=True):
@@ -53,8 +74,8 @@ def cms(*levels: Level, loss: Callable[[jax.Array, Any], jax.Array], residual: b
 
     Args:
         levels: `level(cms_memory(D, F), tx, chunk_size)`, fastest first. The rule sees the sum of the chunk's
-            errors, so a constant step must shrink like 1 / chunk_size (spec 6.2).
-        loss: `loss(y[C, D], target[C, ...]) -> [C]`, one number per token.
+            errors, so a constant step must shrink like 1 / chunk_size (spec 6.2). `dgd` writes token by token.
+        loss: `loss(y[C, D], target[C, ...]) -> [C]`, one number per token; make it zero where a token is padding.
         residual, norm: as in `cms_chain`.
 
     Returns:

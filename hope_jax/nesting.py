@@ -376,7 +376,7 @@ def _local_error(levels: tuple[Level, ...]) -> Callable:
     """Every level remembers the same tokens, each with its own memory, objective, rule and clock."""
 
     def error(params_by_level: tuple[Params, ...], carry: Any, chunk: Tokens):
-        gates = {"eta": chunk.eta, "alpha": chunk.alpha, "mu": chunk.mu}
+        gates = {name: getattr(chunk, name) for name in ("eta", "alpha", "mu", "log_alpha", "log_mu")}
         gates = {name: jnp.moveaxis(g, 0, -1) for name, g in gates.items() if g is not None}
         query = None if chunk.query is None else _heads_first(chunk.query)
         errors, ys = [], []

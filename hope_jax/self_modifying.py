@@ -48,6 +48,7 @@ class SelfModifyingConfig:
     value_norm: bool = False  # True: v is l2-normalised like k, which bounds what a box can ask of itself
     eta_init: float = 0.02
     alpha_init: float = 0.99
+    bptt_chunks: int | None = None  # cut the outer gradient after so many writes of every box
     remat: bool = True  # recompute each chunk in the backward pass: less memory, and faster on a CPU
 
     def __post_init__(self):
@@ -196,7 +197,14 @@ def _nest(config: SelfModifyingConfig, params: Params) -> Nest:
     )
     memory = _side_by_side(config)
     levels = [
-        level(memory, rule, size, objective=_objective(config), read=config.read if "mem" in names else "start")
+        level(
+            memory,
+            rule,
+            size,
+            objective=_objective(config),
+            read=config.read if "mem" in names else "start",
+            bptt_chunks=config.bptt_chunks,
+        )
         for size, names in config.groups
     ]
     return nest(*levels, error=_error(config, memory, params), output=_output, remat=config.remat)

@@ -1,8 +1,13 @@
 """Known sequence models as named nests: each is one level, and the table of `hope_jax` is proven on them.
 
-All take and return what `nest` does, for one head of one example: xs is `Tokens` with key and query [T, K],
-value [T, V] and the gates named in each docstring [T]; ys [T, V]. With `dgd` on the dot product the error is -v
-whatever the weights, so for those models the chunk size changes nothing but speed.
+All are for one head of one example and take the same arguments:
+
+    key_width, value_width   K and V of the matrix memory
+    chunk_size               tokens per chunk. Where the error is -v whatever the weights (`dot_product`) it changes
+                             nothing but speed; where it is taken at the chunk's start it is part of the model.
+
+They return a `Nest` over `Tokens` with key and query [T, K], value [T, V] and the gates that each docstring names [T];
+ys are the reads [T, V].
 """
 
 from typing import Literal
@@ -17,20 +22,50 @@ from hope_jax.types import Nest
 
 
 def linear_attention(key_width: int, value_width: int, chunk_size: int = 64) -> Nest:
-    """Hebbian linear attention, S_t = S_{t-1} + k_t v_t^T, y_t = q_t S_t (paper (15), (64)).
+    """Hebbian linear attention, S_t = S_{t-1} + k_t v_t^T, y_t = q_t S_t. Gates: none.
 
     Gradient descent with step 1 on the dot-product objective.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = linear_attention(2, 1), jnp.ones((3, 2))
+        >>> state, y = n.apply(n.init(({"w": jnp.zeros((2, 1))},)), Tokens(x, jnp.ones((3, 1)), x))
+        >>> y[:, 0].tolist()
+        [2.0, 4.0, 6.0]
+
+    Reference: paper (15), (64); arXiv:2006.16236.
     """
     return _nest(key_width, value_width, optax.sgd(1.0), chunk_size, dot_product)
 
 
 def retnet(key_width: int, value_width: int, alpha: float, chunk_size: int = 64) -> Nest:
-    """Linear attention with constant decay, S_t = alpha S_{t-1} + k_t v_t^T (arXiv:2307.08621)."""
+    """Linear attention with a constant decay, S_t = alpha S_{t-1} + k_t v_t^T. Gates: none.
+
+    Raises:
+        ValueError: alpha, the RETAINED fraction, outside (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = retnet(1, 1, alpha=0.5), jnp.ones((3, 1))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x))[1][:, 0].tolist()
+        [1.0, 1.5, 1.75]
+
+    Reference: arXiv:2307.08621.
+    """
     return _nest(key_width, value_width, optax.chain(optax.sgd(1.0), retention(alpha)), chunk_size, dot_product)
 
 
 def gated_linear_attention(key_width: int, value_width: int, chunk_size: int = 64) -> Nest:
-    """Decay and step from the data, S_t = alpha_t S_{t-1} + eta_t k_t v_t^T, as in Mamba-2; gates alpha, eta.
+    """Decay and step from the data, S_t = alpha_t S_{t-1} + eta_t k_t v_t^T, as in Mamba-2. Gates: eta, alpha.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x, half = gated_linear_attention(1, 1), jnp.ones((3, 1)), jnp.full(3, 0.5)
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=half, alpha=half))[1][:, 0].tolist()
+        [0.5, 0.75, 0.875]
 
     Reference: arXiv:2405.21060.
     """
@@ -38,12 +73,31 @@ def gated_linear_attention(key_width: int, value_width: int, chunk_size: int = 6
 
 
 def delta_net(key_width: int, value_width: int, chunk_size: int = 64) -> Nest:
-    """DeltaNet, S_t = (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T; gate eta (paper (65), arXiv:2406.06484)."""
+    """DeltaNet, S_t = (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T. Gates: eta.
+
+    DGD on the dot-product objective is the delta rule.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = delta_net(1, 1), jnp.ones((3, 1))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=jnp.full(3, 0.5)))[1][:, 0].tolist()
+        [0.5, 0.75, 0.875]
+
+    Reference: paper (65); arXiv:2406.06484.
+    """
     return _nest(key_width, value_width, dgd(exact=False), chunk_size, dot_product)
 
 
 def gated_delta_net(key_width: int, value_width: int, chunk_size: int = 64) -> Nest:
-    """Gated DeltaNet, S_t = alpha_t (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T; gates alpha, eta.
+    """Gated DeltaNet, S_t = alpha_t (I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T. Gates: eta, alpha.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x, half = gated_delta_net(1, 1), jnp.ones((3, 1)), jnp.full(3, 0.5)
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=half, alpha=half))[1][:, 0].tolist()
+        [0.5, 0.625, 0.65625]
 
     Reference: arXiv:2412.06464.
     """
@@ -51,17 +105,47 @@ def gated_delta_net(key_width: int, value_width: int, chunk_size: int = 64) -> N
 
 
 def longhorn(key_width: int, value_width: int, chunk_size: int = 64) -> Nest:
-    """Longhorn, DeltaNet with the exact step eta' = eta / (1 + eta ||k||^2); gate eta (arXiv:2407.14207)."""
+    """Longhorn, DeltaNet with the exact step eta' = eta / (1 + eta ||k||^2). Gates: eta.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = longhorn(1, 1), jnp.ones((3, 1))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=jnp.ones(3)))[1][:, 0].tolist()
+        [0.5, 0.75, 0.875]
+
+    Reference: arXiv:2407.14207.
+    """
     return _nest(key_width, value_width, dgd(), chunk_size, dot_product)
 
 
 def dgd_attention(key_width: int, value_width: int, chunk_size: int) -> Nest:
-    """DGD on L2 with errors and reads at the chunk start; gates alpha, eta (paper (93))."""
+    """DGD on L2 with errors and reads at the chunk's start. Gates: eta, alpha.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = dgd_attention(1, 1, chunk_size=2), jnp.ones((3, 1))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=jnp.ones(3)))[1][:, 0].tolist()
+        [0.0, 0.0, 0.75]
+
+    Reference: paper (93).
+    """
     return _nest(key_width, value_width, dgd(), chunk_size, l2_regression, read="start")
 
 
 def ttt_linear(key_width: int, value_width: int, chunk_size: int) -> Nest:
-    """TTT-Linear: gradient descent on L2 with errors at the chunk start, running reads; gate eta (arXiv:2407.04620)."""
+    """TTT-Linear: gradient descent on L2, errors at the chunk's start, running reads. Gates: eta.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = ttt_linear(1, 1, chunk_size=2), jnp.ones((3, 1))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), Tokens(x, x, x, eta=jnp.full(3, 0.5)))[1][:, 0].tolist()
+        [0.5, 1.0, 1.0]
+
+    Reference: arXiv:2407.04620.
+    """
     return _nest(key_width, value_width, dgd(exact=False, decay=False), chunk_size, l2_regression)
 
 

@@ -31,12 +31,22 @@ class Outer(NamedTuple):
 
 
 def contract(error: Outer) -> jax.Array:
-    """The dense gradient [..., K, V] of a factored error: `key^T delta` (spec 2.3)."""
+    """The dense gradient [..., K, V] of a factored error: `key^T delta` (spec 2.3).
+
+    Example:
+        >>> contract(Outer(delta=jnp.ones((3, 1)), key=jnp.ones((3, 2)))).tolist()
+        [[3.0], [3.0]]
+    """
     return jnp.swapaxes(error.key, -1, -2) @ error.delta
 
 
 def gram(error: Outer) -> jax.Array:
-    """`key^T key` [..., K, K]: with the gradient, all that an exact DGD step needs (spec S3.3)."""
+    """`key^T key` [..., K, K]: with the gradient, all that an exact DGD step needs (spec S3.3).
+
+    Example:
+        >>> gram(Outer(delta=jnp.ones((3, 1)), key=jnp.ones((3, 2)))).tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
+    """
     return jnp.swapaxes(error.key, -1, -2) @ error.key
 
 
@@ -76,14 +86,20 @@ class Level(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What local levels learn from, leaves [T, ...]. Gates left None take the rule's own constants."""
+    """What local levels learn from, leaves [T, ...]. Gates left None take the rule's own constants.
+
+    Leading axes of a memory (heads) stand between T and the width, and gates may have them too, [T, ...]. A gate
+    from `log_sigmoid` is best given as `log_alpha` or `log_mu` (spec 5.4).
+    """
 
     key: jax.Array  # [T, ..., K]
     value: jax.Array  # [T, ..., V]
     query: jax.Array | None = None  # [T, ..., K]  None: nothing is read
-    eta: jax.Array | None = None  # [T]  inner learning rate
-    alpha: jax.Array | None = None  # [T]  RETAINED fraction of the memory
-    mu: jax.Array | None = None  # [T]  momentum decay
+    eta: jax.Array | None = None  # [T, ...]  inner learning rate
+    alpha: jax.Array | None = None  # [T, ...]  RETAINED fraction of the memory
+    mu: jax.Array | None = None  # [T, ...]  momentum decay
+    log_alpha: jax.Array | None = None  # [T, ...]  in the place of alpha
+    log_mu: jax.Array | None = None  # [T, ...]  in the place of mu
     mask: jax.Array | None = None  # [T] bool  False: padding, nothing is written
 
 
