@@ -5,7 +5,7 @@ A rule whose per-token step is
     Z_t = mu_t Z_{t-1} + k_t u_t^T        S_t = (alpha_t I - erase_t k_t k_t^T) S_{t-1} + Z_t      (spec S5.1, rows)
 
 needs no token loop: `hope_kernels.delta_rule` runs it in parallel over the chunk. `ChunkForm` is what such a rule
-says of itself, `Recurrence` what it makes of one chunk, `run` the call of the kernel.
+says of itself, `Recurrence` what it makes of one chunk, `run` the call of the kernel, `run_tree` that of all weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hope_jax.types import Linear, Params
 from hope_kernels import DeltaRuleOutput, delta_rule
 
 type Read = Literal["start", "before", "after"]
@@ -55,13 +56,22 @@ def factored(init: Callable, update: Callable, form: ChunkForm) -> FactoredTrans
 def gate(gates: Gates, name: str, shape: tuple[int, ...]) -> jax.Array | None:
     """The gate `name` broadcast to [..., C], or None. `log_x` is taken as given or made from `x`.
 
-    log mu is floored at -30 (spec 5.4); alpha = 0 is not representable.
+    The logarithm of a gate is floored at -30 inside the logarithm (spec 5.4), so that alpha = 0 and mu = 0 have
+    finite gradients; the gradient to a gate below the floor is zero.
     """
     value = gates.get(name)
     plain = name.removeprefix("log_")
     if value is None and plain != name and gates.get(plain) is not None:
-        value = jnp.log(jnp.maximum(gates[plain], jnp.exp(-30.0) if plain == "mu" else 0.0))
+        value = jnp.log(jnp.maximum(gates[plain], jnp.exp(-30.0)))
     return None if value is None else jnp.broadcast_to(value, shape)
+
+
+def plain_gate(gates: Gates, name: str, constant: Any = None) -> Any:
+    """The gate `name` itself: from `log_x` if given, else from `x`, else the rule's constant."""
+    if gates.get(f"log_{name}") is not None:
+        return jnp.exp(gates[f"log_{name}"])
+    value = gates.get(name)
+    return constant if value is None else value
 
 
 def run(
@@ -104,3 +114,44 @@ def run(
     for _ in range(state.ndim - 2):
         call = jax.vmap(call)
     return call(query, rec.key, rec.write, rec.erase, rec.log_alpha, rec.log_mu, mask, state, momentum)
+
+
+def run_tree(
+    recurrences: Any,
+    params: Params,
+    momentum: Params | None = None,
+    *,
+    mask: jax.Array | None = None,
+    read: Read = "after",
+    reader: Callable[[Any, Linear], jax.Array] | None = None,
+) -> tuple[Params, Params | None, jax.Array | None]:
+    """Run the recurrences of all weights over a chunk, and read the weights while they change.
+
+    Args:
+        recurrences: a tree of `Recurrence` like the weights.
+        params: the weights at the start [..., K, V].
+        momentum: Z like the weights, or None.
+        mask: as in `run`.
+        read: which running weights answer.
+        reader: `reader(refs, linear) -> y`, called once; `linear(x, ref)` is the product of x [..., C, K] with the
+            running value of the weight that `ref` stands for (spec 7.3). None: nothing is read.
+
+    Returns:
+        The weights and the momentum (or None) after the chunk, in the kernel's dtype, and y.
+    """
+    recs, treedef = jax.tree.flatten(recurrences, is_leaf=lambda node: isinstance(node, Recurrence))
+    states = treedef.flatten_up_to(params)
+    momenta: list[Any] = [None] * len(recs) if momentum is None else treedef.flatten_up_to(momentum)
+    outs: dict[int, DeltaRuleOutput] = {}
+
+    def linear(x: jax.Array | None, i: int) -> Any:
+        outs[i] = run(recs[i], states[i], momenta[i], x, read, mask)
+        return outs[i].y
+
+    y = None if reader is None else reader(treedef.unflatten(range(len(recs))), linear)
+    for i in range(len(recs)):
+        if i not in outs:
+            linear(None, i)
+    after = treedef.unflatten([outs[i].state for i in range(len(recs))])
+    z = None if momentum is None else treedef.unflatten([outs[i].momentum for i in range(len(recs))])
+    return after, z, y

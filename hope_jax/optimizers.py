@@ -15,6 +15,10 @@ class EveryState(NamedTuple):
     inner: optax.OptState
 
 
+def _cast(x: Any, like: Any) -> jax.Array:
+    return x if jnp.asarray(x).dtype == like.dtype else jnp.asarray(x).astype(like.dtype)
+
+
 def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> optax.GradientTransformationExtraArgs:
     """A level whose chunk is k optimizer steps: accumulate k updates, then step `tx` once on them.
 
@@ -50,12 +54,12 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
         return EveryState(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32), tx.init(params))
 
     def update(updates: Any, state: Any, params: Params = None, **extra: Any):
-        pending = jax.tree.map(jnp.add, state.pending, updates)
+        pending = jax.tree.map(lambda a, g: (a + g).astype(a.dtype), state.pending, updates)
 
         def step() -> tuple[Any, EveryState]:
             total = pending if reduce == "sum" else jax.tree.map(lambda g: g / k, pending)
             new, inner = tx.update(total, state.inner, params, **extra)
-            new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
+            new, inner = jax.tree.map(_cast, (new, inner), (updates, state.inner))
             return new, EveryState(jax.tree.map(jnp.zeros_like, pending), jnp.zeros_like(state.count), inner)
 
         def wait() -> tuple[Any, EveryState]:

@@ -2,16 +2,27 @@
 
 `dgd` takes factored errors (`Outer`); `retention` and `heavy_ball` are linear transforms that compose with
 `optax.sgd` in an `optax.chain`, and the chain keeps its chunk-parallel form (see `linear_rules.py`).
-Per-token gates travel as the keyword-only extra arguments `eta`, `alpha`, `mu` (or `log_alpha`, `log_mu`).
+Per-token gates travel as the keyword-only extra arguments `eta`, `alpha`, `mu` (or `log_alpha`, `log_mu`). Everywhere
+a gate that is given overrides the rule's constant, and of `log_x` and `x` the first counts.
 """
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.chunk_form import ChunkForm, FactoredTransformation, Gates, Recurrence, factored, gate, run
+from hope_jax.chunk_form import (
+    ChunkForm,
+    FactoredTransformation,
+    Gates,
+    Recurrence,
+    factored,
+    gate,
+    plain_gate,
+    run_tree,
+)
 from hope_jax.types import Outer, Params, is_outer
 
 
@@ -39,10 +50,11 @@ def dgd(
     With momentum the write accumulates, Z <- mu Z - eta' k d^T, and Z is what is added.
 
     Args:
-        learning_rate: eta where no `eta` extra argument is given.
+        learning_rate: eta where no `eta` extra argument is given, at least 0.
         exact: eta' as above; False uses eta itself, as (88) is printed.
         decay: keep the k k^T term; False is plain gradient descent with the same step sizes.
-        momentum: mu, or "gate" to take it per token from the extra argument `mu`.
+        momentum: mu in [0, 1) where no `mu` extra argument is given, or "gate": one must be given. None: no
+            momentum, and `mu` is ignored.
         decayed_erase: erase from the already decayed state, (I - eta' k k^T) alpha S, as Gated DeltaNet does.
         input_leaf: name of the weight whose key sets the step size for all; only that weight decays along its
             key (spec S7.6). None: each weight uses its own key (S7.7).
@@ -50,11 +62,14 @@ def dgd(
     Returns:
         A transformation. Updates may be a tree of `Outer` ([..., C, K] and [..., C, V], any C), with extra
         arguments `eta`, `alpha`/`log_alpha`, `mu`/`log_mu` of shape [..., C] or scalars; or dense gradients
-        [K, V] with the extra argument `gram`, a tree of key^T key [K, K], and scalar gates (S3.3, S3.4).
+        [..., K, V] with the extra argument `gram`, a tree of key^T key [..., K, K], and gates that are scalars or
+        [..., 1, 1]: one step on the whole batch (S3.3, S3.4). With exact and decay=False its size is that of
+        trace(gram), smaller than the tokens' own sizes if there are several.
 
     Raises:
         TypeError: a dense update without `gram=`.
-        ValueError: neither a learning rate nor an `eta`, or a momentum gate that is missing.
+        ValueError: a negative learning rate, a momentum outside [0, 1), neither a learning rate nor an `eta`, a
+            momentum gate that is missing, or dense gates of another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,13 +83,19 @@ def dgd(
     Reference: paper (56)-(57), (88), appendix C; spec sections 3 and 7.4.
     """
 
-    def eta_of(gates: Gates, shape: tuple[int, ...]) -> jax.Array:
+    if isinstance(learning_rate, Real) and not learning_rate >= 0:
+        raise ValueError(f"dgd's learning_rate is a step size, at least 0; got {learning_rate}")
+    known = momentum == "gate" if isinstance(momentum, str) else not isinstance(momentum, Real) or 0 <= momentum < 1
+    if not known:
+        raise ValueError(f'dgd\'s momentum is a number in [0, 1), "gate" or None; got {momentum!r}')
+
+    def eta_of(gates: Gates) -> Any:
         value = gates.get("eta")
         if value is None:
             value = learning_rate
         if value is None:
             raise ValueError("dgd needs a step size: give dgd(learning_rate) or the extra argument eta=")
-        return jnp.broadcast_to(value, shape)
+        return value
 
     def proximal(eta: jax.Array, key: jax.Array) -> jax.Array:
         return eta / (1 + eta * jnp.sum(key * key, axis=-1)) if exact else eta
@@ -82,8 +103,9 @@ def dgd(
     def log_mu_of(gates: Gates, shape: tuple[int, ...]) -> jax.Array | None:
         if momentum is None:
             return None
-        own: Gates = gates if momentum == "gate" else {"mu": momentum}
-        log_mu = gate(own, "log_mu", shape)
+        log_mu = gate(gates, "log_mu", shape)
+        if log_mu is None and not isinstance(momentum, str):
+            log_mu = gate({"mu": momentum}, "log_mu", shape)
         if log_mu is None:
             raise ValueError('dgd(momentum="gate") needs the extra argument mu= (or log_mu=)')
         return log_mu
@@ -98,12 +120,10 @@ def dgd(
 
     def recurrences(errors: Any, gates: Gates) -> Any:
         if not all(map(is_outer, jax.tree.leaves(errors, is_leaf=is_outer))):
-            raise TypeError(
-                "dgd writes token by token: its level's errors must be Outer(delta, key) factors, not dense"
-            )
+            raise TypeError("dgd writes token by token: its errors must be Outer(delta, key) factors, not dense")
 
         def own_key(error: Outer) -> Recurrence:
-            eta = proximal(eta_of(gates, error.key.shape[:-1]), error.key)
+            eta = proximal(jnp.broadcast_to(eta_of(gates), error.key.shape[:-1]), error.key)
             return recurrence(error, eta, decay, gates)
 
         if input_leaf is None:
@@ -111,7 +131,7 @@ def dgd(
         if input_leaf not in errors:
             raise ValueError(f"input_leaf={input_leaf!r} is not a weight of this memory; it has {sorted(errors)}")
         key = errors[input_leaf].key
-        eta = proximal(eta_of(gates, key.shape[:-1]), key)
+        eta = proximal(jnp.broadcast_to(eta_of(gates), key.shape[:-1]), key)
         return {
             name: recurrence(e, jnp.broadcast_to(eta, e.key.shape[:-1]), decay and name == input_leaf, gates)
             for name, e in errors.items()
@@ -127,7 +147,10 @@ def dgd(
         if all(map(is_outer, leaves)):
             return from_factors(updates, state, params, gates)
         if gram is None:
-            raise TypeError("dgd got a dense gradient: pass Outer(delta, key) factors, or gram= with key^T key")
+            raise TypeError(
+                "dgd got a dense gradient: pass Outer(delta, key) factors, or gram= with key^T key. Inside a chain it "
+                "gets gram= in a local level (objective=...); a global level takes dgd alone"
+            )
         if momentum is not None or input_leaf is not None:
             raise TypeError("dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients")
         steps = map(
@@ -140,38 +163,30 @@ def dgd(
         return treedef.unflatten(steps), state
 
     def from_factors(errors: Any, state: Any, params: Params, gates: Gates):
-        outs = kernel_step(recurrences(errors, gates), params, state.momentum)
-        is_out = lambda node: isinstance(node, tuple)  # noqa: E731
-        updates = jax.tree.map(lambda out, p: (out.state - p).astype(p.dtype), outs, params, is_leaf=is_out)
-        new = None
-        if state.momentum is not None:  # in the dtype it was started with, so that a scan can carry it
-            keep = lambda out, z: out.momentum.astype(z.dtype)  # noqa: E731
-            new = jax.tree.map(keep, outs, state.momentum, is_leaf=is_out)
-        return updates, DGDState(new)
+        new, z, _ = run_tree(recurrences(errors, gates), params, state.momentum)
+        updates = jax.tree.map(lambda s, p: (s - p).astype(p.dtype), new, params)
+        if z is not None:  # in the dtype it was started with, so that a scan can carry it
+            z = jax.tree.map(lambda z, old: z.astype(old.dtype), z, state.momentum)
+        return updates, DGDState(z)
 
     def from_gram(g: jax.Array, a: jax.Array, s: jax.Array, gates: Gates) -> jax.Array:
-        eta, alpha = eta_of(gates, ()), gates.get("alpha")
-        if alpha is None:
-            alpha = jnp.exp(gates["log_alpha"]) if gates.get("log_alpha") is not None else 1.0
-        pull = (a @ s if decay else 0.0) + g
+        eta, alpha = jnp.asarray(eta_of(gates)), jnp.asarray(plain_gate(gates, "alpha", 1.0))
+        for name, value in (("eta", eta), ("alpha", alpha)):
+            if value.ndim not in (0, s.ndim):
+                raise ValueError(f"for weights {s.shape} {name} is a scalar or [..., 1, 1]; got {value.shape}")
+        pull = g
+        if decay:
+            pull = (alpha if decayed_erase else 1.0) * (a @ s) + g
         if exact and decay:
-            step = jnp.linalg.solve(jnp.eye(a.shape[-1], dtype=a.dtype) + eta * a, pull)
+            step = jnp.linalg.solve(jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape) + eta * a, pull)
         elif exact:
-            step = pull / (1 + eta * jnp.trace(a, axis1=-2, axis2=-1))
+            step = pull / (1 + eta * jnp.trace(a, axis1=-2, axis2=-1)[..., None, None])
         else:
             step = pull
-        return (alpha - 1) * s - eta * step
+        return ((alpha - 1) * s - eta * step).astype(s.dtype)
 
     form = ChunkForm(recurrences, lambda state: state.momentum, lambda state, z: DGDState(z))
     return factored(init, update, form)
-
-
-def kernel_step(recurrences: Any, params: Params, momentum: Params | None) -> Any:
-    """Run a tree of recurrences from `params`: a tree of kernel outputs (None, state, momentum)."""
-    recs, treedef = jax.tree.flatten(recurrences, is_leaf=lambda node: isinstance(node, Recurrence))
-    states = treedef.flatten_up_to(params)
-    momenta = [None] * len(recs) if momentum is None else treedef.flatten_up_to(momentum)
-    return treedef.unflatten(list(map(run, recs, states, momenta)))
 
 
 class RetentionState(NamedTuple):
@@ -182,7 +197,7 @@ def retention(alpha: float | None = None, towards: str = "zero") -> optax.Gradie
     """Keep the fraction alpha of the weights: adds (alpha - 1) (S - target) to the update.
 
     Args:
-        alpha: RETAINED fraction in (0, 1]; None takes the extra argument `alpha` (or `log_alpha`).
+        alpha: RETAINED fraction in (0, 1] where no extra argument `alpha` (or `log_alpha`) is given.
         towards: "zero", or "start" to decay to the weights seen at `init`.
 
     Raises:
@@ -206,15 +221,14 @@ def retention(alpha: float | None = None, towards: str = "zero") -> optax.Gradie
         return RetentionState(jax.tree.map(jnp.asarray, params) if towards == "start" else None)
 
     def update(updates: Any, state: Any, params: Params = None, **gates: Any):
-        kept = alpha if alpha is not None else gates.get("alpha")
-        if kept is None and gates.get("log_alpha") is not None:
-            kept = jnp.exp(gates["log_alpha"])
+        kept = plain_gate(gates, "alpha", alpha)
         if kept is None:
             raise ValueError("retention needs a fraction: give retention(alpha) or the extra argument alpha=")
         if params is None:
             raise ValueError("retention needs the current weights: call update(updates, state, params)")
         target = state.start if state.start is not None else jax.tree.map(jnp.zeros_like, params)
-        return jax.tree.map(lambda u, p, t: u + (kept - 1) * (p - t), updates, params, target), state
+        pull = lambda u, p, t: (u + (kept - 1) * (p - t)).astype(u.dtype)  # noqa: E731
+        return jax.tree.map(pull, updates, params, target), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -227,10 +241,10 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
     """Momentum in the form of Titans: Z <- mu Z + update, and Z is the update.
 
     After `optax.sgd(eta)` this is S = mu S - eta grad, M = M + S (T-10). Unlike `optax.trace` it takes its decay
-    per token from the extra argument `mu` (or `log_mu`) when none is given.
+    per token from the extra argument `mu` (or `log_mu`).
 
     Args:
-        mu: momentum decay in [0, 1); None takes the extra argument.
+        mu: momentum decay in [0, 1) where no extra argument is given.
 
     Raises:
         ValueError: mu outside [0, 1), or no mu anywhere.
@@ -252,12 +266,11 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
 
     def update(updates: Any, state: Any, params: Params = None, **gates: Any):
         del params
-        kept = mu if mu is not None else gates.get("mu")
-        if kept is None and gates.get("log_mu") is not None:
-            kept = jnp.exp(gates["log_mu"])
+        kept = plain_gate(gates, "mu", mu)
         if kept is None:
             raise ValueError("heavy_ball needs a decay: give heavy_ball(mu) or the extra argument mu=")
         z = jax.tree.map(lambda u, m: kept * m + u, updates, state.momentum)
-        return z, HeavyBallState(z)
+        cast = lambda z, like: z.astype(like.dtype)  # noqa: E731
+        return jax.tree.map(cast, z, updates), HeavyBallState(jax.tree.map(cast, z, state.momentum))
 
     return optax.GradientTransformationExtraArgs(init, update)

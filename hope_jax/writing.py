@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.chunk_form import ChunkForm, FactoredTransformation, Recurrence, run
+from hope_jax.chunk_form import ChunkForm, FactoredTransformation, run_tree
 from hope_jax.factors import factored_vjp
 from hope_jax.linear_rules import linear_form
 from hope_jax.types import Level, Linear, Memory, Objective, Params, Write, contract, gram, is_outer
@@ -41,13 +41,13 @@ def factored_errors(
 
 
 @lru_cache(maxsize=256)
-def chunk_form(level: Level) -> ChunkForm | None:
-    """The chunk form of a level's rule, found once per level; None if the rule must step token by token."""
+def chunk_form(level: Level, gates: tuple[str, ...] = ()) -> ChunkForm | None:
+    """The chunk form of a level's rule given these gates, found once; None if the rule must step token by token."""
     if isinstance(level.tx, FactoredTransformation):
         return level.tx.form
     if level.memory is None:
         return None
-    return linear_form(level.tx, jax.eval_shape(level.memory.init, jax.random.key(0)))
+    return linear_form(level.tx, jax.eval_shape(level.memory.init, jax.random.key(0)), gates)
 
 
 def write_chunk(
@@ -64,37 +64,23 @@ def write_chunk(
     Returns:
         New running weights, new rule state, and reads [..., C, V] (None for read="start" or without a query).
     """
-    form = chunk_form(level)
+    gates = {name: g for name, g in write.gates.items() if g is not None}
+    form = chunk_form(level, tuple(sorted(gates)))
     query = None if level.read == "start" else write.query
     if form is None:
-        return _token_by_token(level, running, rule, write._replace(query=query))
-    is_rec = lambda node: isinstance(node, Recurrence)  # noqa: E731
-    recs, treedef = jax.tree.flatten(form.recurrences(write.error, write.gates), is_leaf=is_rec)
-    states = treedef.flatten_up_to(running)
+        return _token_by_token(level, running, rule, write._replace(query=query, gates=gates))
+
+    def read(refs: Params, linear: Linear) -> jax.Array:
+        return level.memory.apply(refs, query, linear=linear)
+
     z = form.momentum(rule)
-    momenta: list[Any] = [None] * len(recs) if z is None else treedef.flatten_up_to(z)
-    if query is None:
-        outs = {i: run(*args, mask=write.mask) for i, args in enumerate(zip(recs, states, momenta, strict=True))}
-        y = None
-    else:
-        y, outs = _read_while_writing(level, treedef, recs, states, momenta, write._replace(query=query))
-    running = treedef.unflatten([outs[i].state.astype(s.dtype) for i, s in enumerate(states)])
+    recs = form.recurrences(write.error, gates)
+    reader = None if query is None else read
+    new, new_z, y = run_tree(recs, running, z, mask=write.mask, read=level.read, reader=reader)
+    cast = lambda new, old: new.astype(old.dtype)  # noqa: E731
     if z is not None:
-        new = [jnp.asarray(outs[i].momentum, m.dtype) for i, m in enumerate(momenta)]
-        rule = form.with_momentum(rule, treedef.unflatten(new))
-    return running, rule, y
-
-
-def _read_while_writing(level: Level, treedef, recs, states, momenta, write: Write):
-    """Apply the memory with every product a kernel read of that weight's running value (spec 7.3)."""
-    outs = {}
-
-    def linear(x: jax.Array, i: int) -> jax.Array:
-        outs[i] = run(recs[i], states[i], momenta[i], query=x, read=level.read, mask=write.mask)
-        return outs[i].y
-
-    y = level.memory.apply(treedef.unflatten(range(len(recs))), write.query, linear=linear)
-    return y, outs
+        rule = form.with_momentum(rule, jax.tree.map(cast, new_z, z))
+    return jax.tree.map(cast, new, running), rule, y
 
 
 def _token_by_token(level: Level, running: Params, rule: optax.OptState, write: Write):
@@ -132,7 +118,7 @@ def _token_by_token(level: Level, running: Params, rule: optax.OptState, write: 
         return (running, rule), jnp.squeeze(y, axis)
 
     query = None if write.query is None else tokens(write.query)
-    gates = {k: gate(jnp.asarray(g)) for k, g in write.gates.items() if g is not None}
+    gates = {k: gate(jnp.asarray(g)) for k, g in write.gates.items()}
     xs = (jax.tree.map(tokens, write.error), gates, query, write.mask)
     (running, rule), y = jax.lax.scan(step, (running, rule), xs)
     return running, rule, None if y is None else jnp.moveaxis(y, 0, axis)

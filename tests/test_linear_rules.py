@@ -7,8 +7,10 @@ import optax
 import pytest
 
 import hope_jax.writing
-from hope_jax import Tokens, dgd, heavy_ball, l2_regression, level, linear_memory, mlp_memory, nest, retention
+from hope_jax import Outer, Tokens, dgd, heavy_ball, l2_regression, level, linear_memory, mlp_memory, nest, retention
 from hope_jax.linear_rules import linear_form
+from hope_jax.types import Write
+from hope_jax.writing import write_chunk
 from tests.oracles import assert_close, compiled, float64
 
 K, F, T, C = 3, 4, 8, 4
@@ -42,6 +44,11 @@ NOT_LINEAR = {
     "decay_into_momentum": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, 0.9)),
     "two_momenta": optax.chain(optax.trace(0.5), optax.trace(0.9), optax.scale(-0.1)),
     "pull_to_the_start": optax.chain(optax.sgd(0.1), retention(0.9, "start")),
+    "negative_momentum": optax.sgd(0.1, momentum=-0.5),
+    "momentum_of_a_frozen_weight": optax.chain(
+        optax.trace(0.5), optax.masked(optax.set_to_zero(), {"w1": True, "w2": False})
+    ),
+    "distant_threshold": optax.chain(optax.clip(1e6), optax.sgd(0.1)),
     "too_much_decay": optax.chain(optax.sgd(0.1), optax.add_decayed_weights(-1.5)),
 }
 
@@ -55,6 +62,109 @@ def test_recognises_linear_rules(name):
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_leaves_the_rest_to_the_token_loop(name):
     assert linear_form(NOT_LINEAR[name], SHAPES) is None
+
+
+def _stateless(update) -> optax.GradientTransformationExtraArgs:
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _by_width(updates, state, params=None, **_):
+    return jax.tree.map(lambda u: -u / u.shape[-2], updates), state
+
+
+def _by_gain(updates, state, params=None, *, gain=0.2, **_):
+    return jax.tree.map(lambda u: -gain * u, updates), state
+
+
+def _by_gram(updates, state, params=None, *, gram=None, **_):
+    step = lambda u, a=None: -0.1 * u if a is None else -0.1 * (u + a @ u)  # noqa: E731
+    return (jax.tree.map(step, updates) if gram is None else jax.tree.map(step, updates, gram)), state
+
+
+def _alpha_overwrites(updates, state, params=None, *, alpha=0.5, **_):
+    """Alpha at the second probe is not positive."""
+    return jax.tree.map(lambda u, p: u - 10 * (alpha > 0.8) * p, updates, params), state
+
+
+def _shifted_momentum(updates, state, params=None, *, mu=0.5, **_):
+    z = jax.tree.map(lambda u, m: u + (2 * mu - 1) * m, updates, state)
+    return jax.tree.map(lambda z: -z, z), z
+
+
+PROBED = {
+    "gram": (_stateless(_by_gram), ()),
+    "second_probe": (_stateless(_alpha_overwrites), ("alpha",)),
+    "second_probe_momentum": (
+        optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), _shifted_momentum),
+        ("mu",),
+    ),
+    "gates_and_width": (optax.chain(_stateless(_by_width), retention()), ("alpha",)),
+    "dgd_in_a_chain": (optax.chain(dgd(0.1), optax.scale(0.5)), ()),
+}
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_probes_every_gate_and_what_only_the_token_loop_passes(name):
+    tx, gates = PROBED[name]
+    assert linear_form(tx, SHAPES, gates) is None
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 0), jnp.float32), ((2, 2), jnp.int32), ((2,), jnp.float32)])
+def test_weights_that_are_no_matrices_have_no_form(shape, dtype):
+    assert linear_form(optax.sgd(0.1), {"w": jax.ShapeDtypeStruct(shape, dtype)}) is None
+
+
+def test_numbers_are_those_of_the_real_shapes(rng):
+    """A mask by the number of axes, and a step size that divides by the width."""
+    mask = lambda tree: jax.tree.map(lambda x: x.ndim == 3, tree)  # noqa: E731
+    tx = optax.chain(_stateless(_by_width), optax.masked(optax.scale(3.0), mask))
+    errors = {
+        "a": Outer(jnp.ones((C, F)), jnp.ones((C, K))),
+        "b": Outer(jnp.ones((2, C, F)), jnp.ones((2, C, K))),
+    }
+    form = linear_form(tx, {"a": jnp.zeros((K, F)), "b": jnp.zeros((2, K, F))}, ())
+    assert form is not None
+    recs = form.recurrences(errors, {})
+    assert_close((recs["a"].write, recs["b"].write), (-jnp.ones((C, F)) / K, -3 * jnp.ones((2, C, F)) / K), 1e-6)
+
+
+def test_a_form_takes_factors_only():
+    form = linear_form(optax.sgd(0.1), SHAPES, ())
+    assert form is not None
+    with pytest.raises(TypeError, match=r"local level's errors must be Outer"):
+        form.recurrences(jax.tree.map(lambda s: jnp.ones(s.shape), SHAPES), {})
+
+
+def _written(tx, gates, key, delta) -> jax.Array:
+    lev = level(linear_memory(K, K), tx, C, objective=l2_regression)
+    w = {"w": jnp.eye(K)}
+    return write_chunk(lev, w, tx.init(w), Write({"w": Outer(delta, key)}, gates))[0]["w"]
+
+
+def test_any_gate_reaches_the_rule(x64, rng):
+    key, delta, gain = *rng.normal(size=(2, C, K)), rng.uniform(size=C)
+    for tx in (_stateless(_by_gain), optax.chain(_stateless(_by_gain), optax.clip(1e9))):
+        assert_close(_written(tx, {"gain": gain}, key, delta), np.eye(K) - (gain[:, None] * key).T @ delta)
+
+
+@pytest.mark.parametrize("tx", [optax.chain(optax.sgd(0.1), retention()), dgd(0.1)])
+def test_forgetting_everything_has_finite_gradients(tx, rng):
+    key, delta = jnp.asarray(rng.normal(size=(2, C, K)), jnp.float32)
+    gradient = jax.grad(lambda a: jnp.sum(_written(tx, {"alpha": a}, key, delta)))(jnp.array([0.5, 0.0, 1.0, 0.9]))
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def test_a_gate_overrides_the_constant(x64, rng):
+    """With a chunk form and without, and the log form counts before the plain one."""
+    key, delta, alpha = *rng.normal(size=(2, C, K)), rng.uniform(0.5, 1, C)
+    want = _written(optax.chain(optax.sgd(0.1), retention()), {"alpha": alpha}, key, delta)
+    gates = {"alpha": np.ones(C), "log_alpha": np.log(alpha)}
+    for tx in (
+        optax.chain(optax.sgd(0.1), retention(0.3)),
+        optax.chain(optax.sgd(0.1), retention(0.3), optax.clip(1e9)),
+        dgd(0.1, exact=False, decay=False),
+    ):
+        assert_close(_written(tx, gates, key, delta), want)
 
 
 def test_recognises_inside_jit():

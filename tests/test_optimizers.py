@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax import every
+from hope_jax import every, retention
 from tests.oracles import assert_close, compiled, primitives
 
 K = 4  # a power of two: dividing by it is exact
@@ -97,6 +97,18 @@ def test_keeps_the_dtype_of_the_gradients():
     updates, state = tx.update(g, tx.init(g), g)
     assert updates.dtype == jnp.bfloat16
     assert tx.update(g, state, g)[0].dtype == jnp.bfloat16
+
+
+def test_float32_gates_keep_low_precision_states():
+    """The branches of the conditional agree, and pending sums keep the dtype of the weights."""
+    w = jnp.ones(2, jnp.bfloat16)
+    tx: Any = every(2, optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(0.1), retention()))
+    state = tx.init(w)
+    for _ in range(2):
+        updates, new = tx.update(jnp.ones(2, jnp.float32), state, w, alpha=jnp.float32(0.5))
+        assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+        assert updates.dtype == jnp.float32
+        state = new
 
 
 def test_runs_under_scan_and_vmap():

@@ -139,10 +139,66 @@ def test_an_exact_step_never_overshoots(start, rng):
     assert_close(x @ far, -delta, 1e-6)  # the target -delta up to 1 / (eta ||x||^2)
 
 
+@pytest.mark.parametrize("options", [{}, {"decay": False}, {"exact": False}, {"decayed_erase": True}])
+def test_dense_dgd_with_leading_axes_is_factored_dgd(options, x64, rng):
+    """One token, two heads: gates [H, 1, 1] beside a dense gradient are gates [H, C] beside factors."""
+    h = 2
+    x, delta, start = rng.normal(size=(h, 1, K)), rng.normal(size=(h, 1, V)), rng.normal(size=(h, K, V))
+    eta, alpha = rng.uniform(0.2, 0.8, (2, h, 1))
+    tx: Any = dgd(**options)
+    xt = np.swapaxes(x, -1, -2)
+    for e, a, ed, ad in ((eta, alpha, eta[..., None], alpha[..., None]), (0.3, 0.8, 0.3, 0.8)):
+        want = _step(tx, {"w": _outer(delta, x)}, {"w": start}, eta=e, alpha=a)
+        got = _step(tx, {"w": xt @ delta}, {"w": start}, gram={"w": xt @ x}, eta=ed, alpha=ad)
+        assert_close(got, want)
+
+
+def test_dgd_on_weights_in_a_tuple(start, rng):
+    x, delta = rng.normal(size=(1, K)), rng.normal(size=(1, V))
+    tx: Any = dgd(0.5, momentum=0.5)
+    want = _step(tx, {"w": _outer(delta, x)}, {"w": start})["w"]
+    assert_close(_step(tx, (_outer(delta, x), (_outer(delta, x),)), (start, (start,))), (want, (want,)))
+
+
+def test_the_gate_mu_overrides_the_momentum_of_dgd(start, rng):
+    x, delta, mu = rng.normal(size=(N, K)), rng.normal(size=(N, V)), rng.uniform(0.1, 0.9, N)
+    steps = [
+        _step(dgd(0.5, momentum=m), {"w": _outer(delta, x)}, {"w": start}, **gates)
+        for m, gates in (("gate", {"mu": mu}), (0.9, {"mu": mu}), (0.9, {"mu": 0 * mu, "log_mu": np.log(mu)}))
+    ]
+    assert_close(steps[1], steps[0])
+    assert_close(steps[2], steps[0])
+
+
+def test_gates_override_the_constants(x64):
+    w = jnp.array([2.0])
+    assert_close(_step(retention(0.9), jnp.zeros(1), w, alpha=0.5), jnp.array([1.0]))
+    assert_close(_step(retention(0.9), jnp.zeros(1), w, alpha=0.1, log_alpha=np.log(0.5)), jnp.array([1.0]))
+    tx: Any = heavy_ball(0.9)
+    _, state = tx.update(w, tx.init(w), w)
+    assert_close(tx.update(w, state, w, mu=0.5)[0], jnp.array([3.0]))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: dgd(0.1, momentum="Gate"), "'Gate'"),
+        (lambda: dgd(0.1, momentum=1.5), "1.5"),
+        (lambda: dgd(0.1, momentum=-0.5), "-0.5"),
+        (lambda: dgd(-0.1), "-0.1"),
+        (lambda: _step(dgd(0.1), jnp.ones((2, K, V)), jnp.ones((2, K, V)), gram=jnp.ones((2, K, K)), eta=jnp.ones(2)),
+         r"eta is a scalar.*\(2,\)"),
+    ],
+)  # fmt: skip
+def test_dgd_refuses_bad_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize(
     "tx, updates, extra, error, message",
     [
-        (dgd(0.1), np.ones((K, V)), {}, TypeError, "gram="),
+        (dgd(0.1), np.ones((K, V)), {}, TypeError, "gram=.*chain.*global level"),
         (dgd(0.1, momentum=0.9), np.ones((K, V)), {"gram": {"w": np.eye(K)}}, TypeError, "Outer"),
         (dgd(), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "eta="),
         (dgd(0.1, momentum="gate"), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "mu="),
@@ -229,7 +285,8 @@ def test_contract_of_every_rule(name, dtype):
 
     def step(carry, _):
         params, state = carry
-        step, state = tx.update(updates, state, params, value=1.0, unknown=None)
+        gates = {"alpha": jnp.float32(0.9), "mu": jnp.float32(0.5)}
+        step, state = tx.update(updates, state, params, value=1.0, unknown=None, **gates)
         assert step["w"].dtype == dtype and step["w"].shape == (K, V)
         return (optax.apply_updates(params, step), state), None
 
