@@ -41,9 +41,8 @@ def run_language_model() -> list[Timing]:
     for t in timings:
         print(f"{t.case} {t.implementation}: {8 * 512 / t.median:,.0f} tokens/s")
     for length, size in language_model.backward_bytes(config, (256, 512, 1024, 2048)).items():
-        print(
-            f"training step, 1 x {length}: {size / 2**20:.1f} MiB of temporaries, {size / length / 1024:.1f} KiB a token"
-        )
+        per_token = size / length / 1024
+        print(f"training step, 1 x {length}: {size / 2**20:.1f} MiB of temporaries, {per_token:.0f} KiB a token")
     return timings
 
 

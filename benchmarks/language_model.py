@@ -42,5 +42,6 @@ def backward_bytes(config: ModelConfig, lengths: tuple[int, ...], batch: int = 1
     for length in lengths:
         tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
         compiled = jax.jit(_step(config, batch)).lower(tokens).compile()
-        found[length] = compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        found[length] = analysis.temp_size_in_bytes if analysis else 0
     return found
