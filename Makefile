@@ -9,7 +9,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 help:
-	@echo "make train      train a small Hope language model on real text (CPU, a few minutes)"
+	@echo "make train      train a small Hope language model on real text (CPU, a few minutes);"
+	@echo "                again with ARGS=--resume or ARGS=--overwrite"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make bench      the benchmarks, as tables"
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP)
-	$(BIN)/hope train tiny
+	$(BIN)/hope train tiny $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/ruff check .

@@ -119,13 +119,19 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     """Refuse a training sequence in which some fast level would never write (spec 6.4).
 
     Raises:
-      ValueError: `length` is shorter than the slowest fast level's chunk.
+      ValueError: `length` ends before anything is read that the slowest fast level or memory wrote.
     """
     slowest = max(config.cms_chunks, default=0)
     _require(
-        length >= slowest,
-        f"sequences of {length} tokens never write the CMS level with chunk {slowest}; train on {slowest} "
-        f"tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
+        length > slowest,
+        f"sequences of {length} tokens never read what the CMS level with chunk {slowest} writes; train on "
+        f"{slowest + 1} tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
+    )
+    chunk = max(config.chunk_proj, config.chunk_mem) if config.name == "hope" and config.read == "start" else 0
+    _require(
+        length > chunk,
+        f"sequences of {length} tokens never read what a memory with chunk {chunk} writes; train on {chunk + 1} "
+        f"tokens or more, or shorten chunk_proj and chunk_mem",
     )
 
 

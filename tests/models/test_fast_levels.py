@@ -195,6 +195,13 @@ def test_truncation_of_the_outer_gradient(x64, model):
 def test_sizes_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"chunk sizes must divide, fastest first; got .*\[4, 6\]"):
         build_lm(dataclasses.replace(CONFIG, cms_chunks=(4, 6)))
-    with pytest.raises(ValueError, match="sequences of 3 tokens never write the CMS level with chunk 4"):
-        check_sequence_length(CONFIG, 3)
-    check_sequence_length(CONFIG, 4)
+    slowest = max(CONFIG.cms_chunks)
+    with pytest.raises(
+        ValueError, match=f"sequences of {slowest} tokens never read what the CMS level with chunk {slowest}"
+    ):
+        check_sequence_length(CONFIG, slowest)
+    check_sequence_length(CONFIG, slowest + 1)
+    memories = ModelConfig(name="hope", chunk_proj=4, chunk_mem=16)
+    with pytest.raises(ValueError, match="sequences of 16 tokens never read what a memory with chunk 16"):
+        check_sequence_length(memories, 16)
+    check_sequence_length(memories, 17)
