@@ -21,3 +21,7 @@ def test_files_named_exist():
     root = Path(__file__).parent.parent
     for name in re.findall(r"`((?:hope_jax|kernels|tests|experiments)/[\w/.]+)`", README):
         assert (root / name).exists(), name
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"@[A-Z]+@", README)
