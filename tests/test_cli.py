@@ -12,6 +12,8 @@ import time
 import pytest
 
 from hope_jax.cli import main
+from hope_jax.models import ModelConfig
+from hope_jax.training.command import sample_lengths
 from hope_jax.training.errors import RunFailed
 from hope_jax.training.presets import PRESETS
 
@@ -165,6 +167,26 @@ def test_versus_prints_the_table(small, tmp_path, capsys):
     ours, theirs = (int(row[1].replace(",", "")) for row in table)
     assert abs(ours - theirs) <= 0.01 * ours
     assert (tmp_path / "run" / "versus" / "transformer" / "config.yaml").exists()
+
+
+def test_sample_fits_the_attention_cache(small, tmp_path, capsys):
+    words = [*small, "steps=1", "model.max_length=16", "sample_bytes=300"]
+    assert main([*words, "--run", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "sample" in out and out.splitlines()[-1].startswith("wrote")
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length", "lengths"),
+    [
+        ("hope", 8, (48, 300)),
+        ("transformer", 2048, (48, 300)),
+        ("transformer", 32, (16, 16)),
+        ("transformer", 1, (0, 1)),
+    ],
+)
+def test_sample_lengths(name, max_length, lengths):
+    assert sample_lengths(ModelConfig(name=name, max_length=max_length), 300) == lengths
 
 
 def test_failed_run_is_status_1(small, tmp_path, capsys, monkeypatch):

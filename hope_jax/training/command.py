@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import describe_compressors
@@ -40,7 +41,7 @@ def run_training(
         if versus not in OTHERS:
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
         opponent(config)  # refuses before hours of training, not after
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
     if ours.interrupted:
         return _say_interrupted(ours, again)
@@ -80,11 +81,27 @@ def _show_result(result: Result, console: Console) -> None:
     )
 
 
+def sample_lengths(model: ModelConfig, sample_bytes: int) -> tuple[int, int]:
+    """Bytes of prompt and of continuation: together they fit an attention cache, a recurrent memory has no limit.
+
+    >>> sample_lengths(ModelConfig(name="transformer", max_length=32), sample_bytes=300)
+    (16, 16)
+    """
+    if model.name == "hope":
+        return SAMPLE_PROMPT_BYTES, sample_bytes
+    prompt_bytes = min(SAMPLE_PROMPT_BYTES, model.max_length // 2)
+    return prompt_bytes, min(sample_bytes, model.max_length - prompt_bytes)
+
+
 def _show_sample(result: Result, console: Console) -> None:
     """Continues the beginning of the validation text."""
     if not result.config.sample_bytes:
         return
-    opening = result.corpus.validation[:SAMPLE_PROMPT_BYTES].tobytes()
+    prompt_bytes, sample_bytes = sample_lengths(result.config.model, result.config.sample_bytes)
+    if not prompt_bytes:
+        console.print(f"no sample: model.max_length={result.config.model.max_length} has no room for one", markup=False)
+        return
+    opening = result.corpus.validation[:prompt_bytes].tobytes()
     seen = result.corpus.seen_bytes
     prompt = check_prompt(bytes(value for value in opening if value in seen), seen)
     values = generate_bytes(
@@ -92,7 +109,7 @@ def _show_sample(result: Result, console: Console) -> None:
         result.state.params,
         prompt,
         seen_bytes=seen,
-        max_bytes=result.config.sample_bytes,
+        max_bytes=sample_bytes,
         seed=result.config.seed,
     )
     sample = prompt.decode(errors="replace") + "".join(text_pieces(values))
