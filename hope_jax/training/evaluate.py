@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.data import eval_batches
+from hope_jax.training.errors import RunFailed
 from hope_jax.training.step import Program, bits
 
 
@@ -23,13 +25,21 @@ def evaluate(program: Program, params: Any, data: np.ndarray, config: TrainConfi
       limit: at most this many batches, evenly spaced; None reads everything.
     Returns:
       Mean of -log2 p(byte) over the bytes that are predicted.
+    Raises:
+      RunFailed: it is infinite or not a number.
     """
     nats = count = 0.0
     for batch in eval_batches(data, batch=config.microbatch, length=config.seq_len, limit=limit):
         tokens, weights = program.put_batch(batch.tokens), program.put_batch(batch.weights)
         batch_nats, batch_count = program.eval_step(params, tokens, weights)
         nats, count = nats + float(batch_nats), count + float(batch_count)
-    return bits(nats / count)
+    bpb = bits(nats / count)
+    if not math.isfinite(bpb):
+        raise RunFailed(
+            f"evaluation gave {bpb} bits per byte: the parameters have diverged; "
+            f"train again with a smaller learning_rate (it was {config.learning_rate:g})"
+        )
+    return bpb
 
 
 def compressed_bits(data: np.ndarray) -> dict[str, float]:

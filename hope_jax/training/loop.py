@@ -64,7 +64,8 @@ def train(
       A `Result`. After Ctrl-C the state is saved and `interrupted` is True.
     Raises:
       UserError: the config, the data or the run directory cannot be used.
-      RunFailed: loss or gradient became infinite or not a number; the message names the last good checkpoint.
+      RunFailed: loss, gradient or parameters became infinite or not a number; the message names the last good
+        checkpoint.
     """
     began = time.perf_counter()
     console = console or Console(quiet=True)
@@ -186,27 +187,22 @@ class _Run:
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, stops the run if its numbers are not finite, and writes them down."""
-        loss, grad_norm, learning_rate = (float(value) for value in metrics)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RunFailed(self._describe_failure(step, loss, grad_norm))
-        speed = self.speed or 0.0
-        self.writer.write(
-            step,
-            loss=loss,
-            bits_per_byte=bits(loss),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            tokens_per_second=speed,
-        )
+        loss, grad_norm, learning_rate, params_norm = (float(value) for value in metrics)
+        # The loss is of the parameters before the step; what is saved are those after it.
+        if not all(map(math.isfinite, (loss, grad_norm, params_norm))):
+            raise RunFailed(self._describe_failure(step, loss, grad_norm, params_norm))
+        speed = self.speed
+        values = {"loss": loss, "bits_per_byte": bits(loss), "grad_norm": grad_norm, "learning_rate": learning_rate}
+        self.writer.write(step, **values, **({} if speed is None else {"tokens_per_second": speed}))
         self.display.update(step, loss, bits(loss), speed)
 
-    def _describe_failure(self, step: int, loss: float, grad_norm: float) -> str:
+    def _describe_failure(self, step: int, loss: float, grad_norm: float, params_norm: float) -> str:
         good = self.checkpoints.latest_step()
         saved = "no checkpoint was saved before it"
         if good is not None:
             saved = f"the last good checkpoint is step {good} in {self.checkpoints.directory / str(good)}"
         return (
-            f"step {step} gave loss {loss}, gradient norm {grad_norm}; {saved}; "
+            f"step {step} gave loss {loss}, gradient norm {grad_norm}, parameter norm {params_norm}; {saved}; "
             f"try a smaller learning_rate (now {self.config.learning_rate:g}) or clip_norm"
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-NUMBERS = "loss {loss:.3f}  {bpb:.3f} bits/byte  {speed:,.0f} tokens/s"
+NUMBERS = "loss {loss:.3f}  {bpb:.3f} bits/byte"
 
 
 class Display:
@@ -36,9 +36,9 @@ class Display:
         )
         self._task = self._progress.add_task(label, total=steps, completed=start, numbers="compiling ...")
 
-    def update(self, step: int, loss: float, bpb: float, speed: float) -> None:
-        """Shows the numbers of a step."""
-        numbers = NUMBERS.format(loss=loss, bpb=bpb, speed=speed)
+    def update(self, step: int, loss: float, bpb: float, speed: float | None) -> None:
+        """Shows the numbers of a step; a speed that is not known yet is left out."""
+        numbers = NUMBERS.format(loss=loss, bpb=bpb) + (f"  {speed:,.0f} tokens/s" if speed else "")
         self._progress.update(self._task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step % self._stride == 0 or step == self.steps):
             self.console.print(f"{self.label} step {step}/{self.steps}  {numbers}")

@@ -38,6 +38,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # [] float32, nats per byte
     grad_norm: jax.Array  # [] float32, before clipping
     learning_rate: jax.Array  # [] float32, used in this step
+    params_norm: jax.Array  # [] float32, of the parameters after the step
 
 
 class Program(NamedTuple):
@@ -126,7 +127,8 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
         loss, grads = accumulated_grad(loss_fn, state.params, tokens_BT, config.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = Metrics(loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics = Metrics(loss, optax.tree.norm(grads), learning_rate, optax.tree.norm(params))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

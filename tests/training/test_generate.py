@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.models import ModelConfig, build_lm
-from hope_jax.training.errors import UserError
+from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import compressed_bits, eval_file, evaluate
 from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, text_pieces
 from hope_jax.training.load import load_run
@@ -107,6 +107,13 @@ def test_evaluation_is_the_mean_over_every_byte(run, text_file):
     losses = [token_losses(run.program.lm, run.state.params, jnp.asarray(window)[None]) for window in windows]
     expected = sum(float(loss.sum()) for loss in losses) / 99 / np.log(2)
     assert evaluate(run.program, run.state.params, data, run.config) == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_that_is_not_finite_is_a_failure(run, text_file):
+    data = np.frombuffer(text_file.read_bytes()[:100], np.uint8)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, run.state.params)
+    with pytest.raises(RunFailed, match=r"gave nan bits per byte.*smaller learning_rate"):
+        evaluate(run.program, broken, data, run.config)
 
 
 def test_eval_file(trained, text_file, tmp_path):
