@@ -17,15 +17,22 @@ from hope_jax.training.step import TrainState
 CHECKPOINTS = "ckpt"
 
 
+def saved_step(run_dir: Path) -> int | None:
+    """The step of the latest complete checkpoint of a run, None without one; opens nothing."""
+    names = [path.name for path in (run_dir / CHECKPOINTS).glob("*") if path.is_dir()]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
 class Checkpoints:
     """Saves and restores the checkpoints of one run; use as a context manager.
 
     Args:
       run_dir: the run directory.
       keep: how many of the latest to keep.
+      read_only: change nothing on the disk: the run may be training, and saving, at this moment.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 2):
+    def __init__(self, run_dir: Path, keep: int = 2, *, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
@@ -33,9 +40,12 @@ class Checkpoints:
         self.directory = run_dir / CHECKPOINTS
         # Synchronous: the next step donates the buffers that an asynchronous save would still be reading on a
         # CPU.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
         self._manager = ocp.CheckpointManager(self.directory.resolve(), options=options, item_names=("state", "meta"))
 
     def latest_step(self) -> int | None:

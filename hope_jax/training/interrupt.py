@@ -1,5 +1,6 @@
 """Ctrl-C as a request: the loop finishes its step, saves and stops. A second Ctrl-C stops at once."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -18,6 +19,8 @@ class Interruption:
     def _handle(self, signum: int, frame: Any) -> None:
         del signum, frame
         self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nhope: finishing this step or evaluation, then saving; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, self._previous)
 
     def __enter__(self) -> "Interruption":

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from hope_jax.training.checkpoint import Checkpoints
+from hope_jax.training.checkpoint import Checkpoints, saved_step
 from hope_jax.training.config import MeshConfig, TrainConfig, read_config
+from hope_jax.training.errors import UserError
 from hope_jax.training.step import Program, TrainState, build_program
 
 
@@ -25,6 +26,8 @@ def load_run(run_dir: Path) -> Run:
     """
     config = dataclasses.replace(read_config(run_dir), mesh=MeshConfig())
     program = build_program(config)
-    with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+    if saved_step(run_dir) is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet; train it to its first one")
+    with Checkpoints(run_dir, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(program.abstract_state)
     return Run(config, program, state)

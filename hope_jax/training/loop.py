@@ -10,7 +10,7 @@ import jax
 import optax
 from rich.console import Console
 
-from hope_jax.training.checkpoint import Checkpoints
+from hope_jax.training.checkpoint import Checkpoints, saved_step
 from hope_jax.training.config import TrainConfig, config_hash
 from hope_jax.training.corpus import Corpus, load_corpus
 from hope_jax.training.data import TrainBatches
@@ -33,7 +33,7 @@ class Result(NamedTuple):
     state: TrainState
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
     interrupted: bool
-    validation_bpb: float | None  # of the whole validation text; None when interrupted
+    validation_bpb: float | None  # of the whole validation text; None when interrupted before
     tokens_per_second: float | None  # of training steps alone: no compilation, evaluation or saving
     seconds: float  # everything, compilation included
 
@@ -73,19 +73,21 @@ def train(
     batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
+    saved = saved_step(run_dir) if resume else None
+    if saved is not None and saved > config.steps:
+        raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
     claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
     with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
         state = _start(program, checkpoints)
         start = int(state.step)
-        if start > config.steps:
-            raise UserError(f"{run_dir} is at step {start}, beyond steps={config.steps}; give a larger steps")
         label = config.model.name
         with MetricsWriter(run_dir, start) as writer, Display(console, label, config.steps, start) as display:
-            run = _Run(config, program, corpus, checkpoints, writer, display, start)
+            run = _Run(config, program, corpus, checkpoints, writer, display, run_dir)
             state = run.steps(state, batches, lambda: interruption.requested)
-            interrupted = int(state.step) < config.steps
-            validation_bpb = None if interrupted else run.evaluate(state, config.final_eval_batches)
+            stopped = int(state.step) < config.steps or interruption.requested
+            validation_bpb = None if stopped else run.evaluate(state, config.final_eval_batches)
+            interrupted = stopped or interruption.requested  # a Ctrl-C during the evaluation counts too
     plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
     speed = run.speed or _recorded_speed(run_dir)
     seconds = time.perf_counter() - began
@@ -129,11 +131,11 @@ class _Run:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: Display,
-        start: int,
+        run_dir: Path,
     ):
         self.config, self.program, self.corpus = config, program, corpus
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
-        self.start = start
+        self.run_dir = run_dir
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     @property
@@ -181,8 +183,10 @@ class _Run:
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
         bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
-        if int(state.step) > self.start:
-            self.writer.write(int(state.step), validation_bits_per_byte=bpb)
+        step = int(state.step)
+        known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
+        if step not in known:
+            self.writer.write(step, validation_bits_per_byte=bpb)
         return bpb
 
     def _read(self, step: int, metrics: Metrics) -> None:

@@ -11,9 +11,10 @@ import optax
 import pytest
 from rich.console import Console
 
-from hope_jax.training.config import MeshConfig, read_config
+from hope_jax.training.config import MeshConfig, read_config, write_config
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.evaluate import evaluate
 from hope_jax.training.load import load_run
 from hope_jax.training.loop import train
 from hope_jax.training.metrics import MetricsWriter, read_metrics
@@ -93,6 +94,37 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(whole, small, tmp_
     assert records(second.run_dir) == records(whole.run_dir)
 
 
+@pytest.mark.parametrize(("nth", "step"), [(0, 3), (1, 6)])
+def test_ctrl_c_during_an_evaluation_is_honoured(whole, small, tmp_path, monkeypatch, nth, step):
+    """The evaluation at step 3, or the one at the end: the run is interrupted, and continues to the same records."""
+    calls = []
+
+    def evaluate_and_interrupt(*args):
+        if len(calls) == nth:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(args)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hope_jax.training.loop.evaluate", evaluate_and_interrupt)
+        first = train(small, tmp_path / "run")
+    assert first.interrupted and int(first.state.step) == step
+    second = train(small, tmp_path / "run", resume=True)
+    assert not second.interrupted
+    assert_same_state(second.state, whole.state)
+    assert records(second.run_dir) == records(whole.run_dir)
+
+
+def test_ctrl_c_in_the_last_step_leaves_the_evaluation_to_the_continuation(whole, small, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        first = train(small, tmp_path / "run")
+    assert first.interrupted and first.validation_bpb is None
+    assert capfd.readouterr().err.count("finishing this step") == 1
+    train(small, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run") == records(whole.run_dir)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hope", "hope_attention"])
 def test_gradients_that_wait_for_a_slow_level_survive_a_resume(small, tmp_path, monkeypatch, name):
@@ -145,8 +177,11 @@ def test_finished_run_has_nothing_left_to_do(whole, small):
     assert again.started_at == 6 and again.validation_bpb == whole.validation_bpb
     assert again.tokens_per_second is not None
     assert records(whole.run_dir) == before
+    files = [whole.run_dir / "config.yaml", whole.run_dir / "corpus.json"]
+    contents = [path.read_bytes() for path in files]
     with pytest.raises(UserError, match="step 6, beyond steps=5"):
-        train(dataclasses.replace(small, steps=5), whole.run_dir, resume=True)
+        train(dataclasses.replace(small, steps=5, eval_every=1), whole.run_dir, resume=True)
+    assert [path.read_bytes() for path in files] == contents
 
 
 def test_run_directory_of_another_config_is_refused(whole, small):
@@ -222,6 +257,21 @@ def test_last_good_checkpoint_is_named(small, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "build_program", spoiled)
     with pytest.raises(RunFailed, match=r"step 6 gave loss nan.*last good checkpoint is step 4 in .*ckpt/4;"):
         train(small, tmp_path / "run")
+
+
+def test_reading_a_run_leaves_a_save_in_progress_alone(small, tmp_path):
+    train(dataclasses.replace(small, steps=1), tmp_path / "run")
+    saving = tmp_path / "run" / "ckpt" / "2.orbax-checkpoint-tmp"
+    (saving / "state").mkdir(parents=True)
+    assert int(load_run(tmp_path / "run").state.step) == 1
+    assert (saving / "state").is_dir()
+
+
+def test_a_run_without_a_checkpoint_cannot_be_read(small, tmp_path):
+    write_config(small, tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        load_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_run_on_a_mesh_is_loaded_on_one_device(small, tmp_path):
