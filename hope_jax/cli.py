@@ -7,13 +7,13 @@ at once.
 import argparse
 import difflib
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS, describe_presets, preset
 
 EXIT_FAILED = 1
@@ -50,8 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("preset", help="one of " + ", ".join(PRESETS))
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example model=transformer data=FILE")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/PRESET)")
-    train.add_argument("--resume", action="store_true", help="continue the run in the directory")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
     train.add_argument("--versus", metavar="MODEL", help="also train a parameter-matched model: transformer")
     train.set_defaults(function=_train)
 
@@ -130,7 +131,7 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     from hope_jax.training.command import run_training
     from hope_jax.training.overrides import apply_overrides
 
-    again = shlex.join(["hope", *(word for word in argv if word not in ("--resume", "--overwrite")), "--resume"])
+    again = command(*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume")
     finished = run_training(
         apply_overrides(base, arguments.overrides),
         arguments.run or Path("runs") / arguments.preset,

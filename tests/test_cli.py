@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hope_jax.cli import main
 from hope_jax.models import ModelConfig
 from hope_jax.training.command import sample_lengths
 from hope_jax.training.errors import RunFailed
+from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS
 
 SMALL = [
@@ -97,6 +99,13 @@ def test_a_mistake_has_status_2_and_no_traceback():
         (["train", "tiny", "steps=many"], "steps=many: expected a whole number"),
         (["train", "tiny", "model=hopee"], "did you mean 'hope'"),
         (["train", "tiny", "model.cms_chunks=4,6"], "[4, 6]"),
+        (["train", "tiny", "cms_periods=1,2,4"], "has 2 CMS levels"),
+        (["train", "tiny", "model=transformer", "cms_periods=1"], "has no CMS levels"),
+        (["train", "tiny", f"seed={2**63}"], "below 2**63"),
+        (["train", "tiny", "learning_rate=inf"], "learning_rate=inf must be a finite number"),
+        (["train", "tiny", "--resume", "--overwrite"], "not allowed with argument --resume"),
+        (["generate", "/nowhere/run", "--seed", str(2**63)], "below 2**63"),
+        (["generate", "/nowhere/run", "--temperature", "inf"], "--temperature inf must be a finite number"),
         (["train", "tiny", "data=/nowhere/text.txt"], "no such file: /nowhere/text.txt"),
         (["train", "tiny", "--resum"], "did you mean --resume?"),
         (["train", "tiny", "--versus", "gpt"], "there are: transformer"),
@@ -189,6 +198,22 @@ def test_sample_lengths(name, max_length, lengths):
     assert sample_lengths(ModelConfig(name=name, max_length=max_length), 300) == lengths
 
 
+@pytest.mark.parametrize(
+    ("argv0", "expected"),
+    [
+        ("/some/where/hope_jax/__main__.py", "some/python -m hope_jax train 'a b'"),
+        (".venv/bin/hope", ".venv/bin/hope train 'a b'"),
+        ("/on/path/hope", "hope train 'a b'"),
+        ("script.py", "hope train 'a b'"),
+    ],
+)
+def test_commands_are_printed_as_they_were_typed(monkeypatch, argv0, expected):
+    monkeypatch.setattr("sys.argv", [argv0])
+    monkeypatch.setattr("sys.orig_argv", ["some/python"])
+    monkeypatch.setattr("shutil.which", lambda name: f"/on/path/{name}")
+    assert command("train", "a b") == expected
+
+
 def test_failed_run_is_status_1(small, tmp_path, capsys, monkeypatch):
     """What makes a run fail is tested with the loop; here, how it is told."""
 
@@ -228,10 +253,12 @@ def test_ctrl_c_saves_and_says_how_to_resume(small, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    found = re.fullmatch(r"hope: interrupted; step (\d+) is saved in .*; continue with: hope (.*)\n", err)
+    found = re.fullmatch(
+        r"\nhope: finishing this step.*\nhope: interrupted; step (\d+) is saved in .*; continue with: (.*)\n", err
+    )
     assert found, err
     step = int(found[1])
     assert (tmp_path / "run" / "ckpt" / str(step)).is_dir()
-    done = hope(*found[2].split(), f"steps={step + 2}")
+    done = subprocess.run([*shlex.split(found[2]), f"steps={step + 2}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"step {step + 2}/{step + 2}" in done.stdout

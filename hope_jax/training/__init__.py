@@ -8,6 +8,7 @@ Each file is one idea:
     checkpoint  metrics  run_dir  progress  interrupt   what is kept and shown
     loop  versus  command       a run, a comparison, `hope train`
     evaluate  generate  load    using a run
+    invocation                  the command as it was typed, for what is printed
 
 Nothing is imported here: `hope --help` must not wait for orbax.
 """

@@ -31,7 +31,7 @@ def run_training(
     Args:
       config, run_dir, resume, overwrite: see `loop.train`.
       versus: name of the model to compare with, None for none.
-      again: the command that continues this run, for the message after Ctrl-C.
+      again: the command that continues this run, for the messages.
     Returns:
       False if the run was interrupted (and saved).
     Raises:
@@ -45,7 +45,7 @@ def run_training(
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
     if ours.interrupted:
         return _say_interrupted(ours, again)
-    _show_result(ours, console)
+    _show_result(ours, console, again)
     if versus is not None:
         theirs = train_opponent(ours, resume=resume, overwrite=overwrite, console=console)
         if theirs.interrupted:
@@ -65,11 +65,11 @@ def _say_interrupted(result: Result, again: str) -> bool:
     return False
 
 
-def _show_result(result: Result, console: Console) -> None:
+def _show_result(result: Result, console: Console, again: str) -> None:
     steps = result.config.steps
     if result.started_at == steps:
         console.print(
-            f"{result.run_dir} was finished at step {steps}; go on with: --resume steps={2 * steps}",
+            f"{result.run_dir} was finished at step {steps}; go on with: {again} steps={2 * steps}",
             markup=False,
         )
     console.print(result.corpus.describe(), markup=False)

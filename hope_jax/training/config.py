@@ -14,6 +14,7 @@ import yaml
 
 from hope_jax.models import ModelConfig, check_sequence_length
 from hope_jax.training.errors import UserError
+from hope_jax.training.invocation import command
 from hope_jax.training.overrides import from_dict, leaves, to_dict
 
 CONFIG_FILE = "config.yaml"
@@ -101,6 +102,12 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95")
         if any(period < 1 for period in self.cms_periods):
             raise UserError(f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4")
+        levels = 0 if self.model.name == "transformer" else len(self.model.cms_hidden)
+        if len(self.cms_periods) > levels:
+            raise UserError(
+                f"cms_periods={self.cms_periods}: model={self.model.name} has {levels or 'no'} CMS levels; "
+                f"give {f'at most {levels} periods' if levels else 'none'}"
+            )
 
     def _check_model(self) -> None:
         check_sequence_length(self.model, self.seq_len)
@@ -126,14 +133,24 @@ class TrainConfig:
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
+        _check_size(name, value)
+        if not value > 0:
             raise UserError(f"{name}={value} must be greater than 0")
+
+
+def _check_size(name: str, value: float) -> None:
+    if isinstance(value, int):
+        if value >= 2**63:
+            raise UserError(f"{name}={value} must be below 2**63")
+    elif not math.isfinite(value):
+        raise UserError(f"{name}={value} must be a finite number")
 
 
 def _check_not_negative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not (value >= 0 and math.isfinite(value)):
+        _check_size(name, value)
+        if not value >= 0:
             raise UserError(f"{name}={value} must be 0 or greater")
 
 
@@ -151,14 +168,19 @@ def read_config(run_dir: Path) -> TrainConfig:
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        raise UserError(f"{run_dir} is not a run directory (no {CONFIG_FILE}); train one with: hope train tiny")
+        raise UserError(
+            f"{run_dir} is not a run directory (no {CONFIG_FILE}); train one with: {command('train', 'tiny')}"
+        )
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, dates that are none
         raise UserError(f"{path} is not readable YAML; restore it or train a new run") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not readable YAML; restore it or train a new run")
-    return from_dict(TrainConfig(), values)
+    try:
+        return from_dict(TrainConfig(), values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def config_hash(config: TrainConfig) -> str:

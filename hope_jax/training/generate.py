@@ -2,6 +2,7 @@
 
 import codecs
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,12 @@ def generate_text(
         ("temperature", temperature, 0),
         ("top-k", top_k, 0),
     ):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value} must be a finite number")
         if not value >= least:
             raise UserError(f"--{name} {value} must be at least {least}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} must be 0 or greater and below 2**63")
     seen_bytes = read_seen_bytes(run_dir)
     checked = check_prompt(prompt.encode("utf-8", "surrogateescape"), seen_bytes)
     run = load_run(run_dir)

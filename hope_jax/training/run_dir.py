@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from hope_jax.training.checkpoint import CHECKPOINTS
 from hope_jax.training.config import (
@@ -22,6 +23,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.metrics import METRICS_FILE
 
 CORPUS_FILE = "corpus.json"
+BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
 
@@ -104,7 +106,7 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
         "sha256": corpus.sha256,
         "seen_bytes": corpus.seen_bytes,
     }
-    if path.exists() and json.loads(path.read_text())["sha256"] != facts["sha256"]:
+    if path.exists() and read_corpus_facts(run_dir)["sha256"] != facts["sha256"]:
         raise UserError(
             f"the text of {run_dir} has changed since it was trained on ({corpus.name}); "
             "give it the same text (the embedded corpus needs the same Python version), or start another run"
@@ -115,7 +117,23 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
 def read_seen_bytes(run_dir: Path) -> list[int]:
     """The byte values that occurred in the training text of a run."""
     read_config(run_dir)  # says so when there is no run at all
+    return read_corpus_facts(run_dir)["seen_bytes"]
+
+
+def read_corpus_facts(run_dir: Path) -> dict[str, Any]:
+    """What corpus.json says.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
     path = run_dir / CORPUS_FILE
     if not path.exists():
         raise UserError(f"{run_dir} holds no {CORPUS_FILE}; it is not a complete run, train it again")
-    return json.loads(path.read_text())["seen_bytes"]
+    try:
+        facts = json.loads(path.read_text())
+        whole = isinstance(facts["sha256"], str) and bool(facts["seen_bytes"]) and set(facts["seen_bytes"]) <= BYTES
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged; restore it or train the run again")
+    return facts

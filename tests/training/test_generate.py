@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax.models import ModelConfig, build_lm
+from hope_jax.training.config import write_config
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import compressed_bits, eval_file, evaluate
 from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, text_pieces
@@ -99,6 +100,16 @@ def test_bad_options(trained, change, message):
     options = {"max_bytes": 10, "temperature": 0.8, "top_k": 4, "seed": 0} | change
     with pytest.raises(UserError, match=message):
         "".join(generate_text(trained, "line 3", **options))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", "{}", '{"sha256": "a", "seen_bytes": []}', '{"sha256": 1, "seen_bytes": [9]}']
+)
+def test_damaged_facts_of_the_corpus(small, tmp_path, text):
+    write_config(small, tmp_path)
+    (tmp_path / "corpus.json").write_text(text)
+    with pytest.raises(UserError, match=r"corpus.json is damaged; .*train the run again"):
+        read_seen_bytes(tmp_path)
 
 
 def test_evaluation_is_the_mean_over_every_byte(run, text_file):
