@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from hope_jax.training.config import TrainConfig, config_hash
 from hope_jax.training.errors import UserError
 from hope_jax.training.step import TrainState
 
@@ -21,6 +22,11 @@ def saved_step(run_dir: Path) -> int | None:
     """The step of the latest complete checkpoint of a run, None without one; opens nothing."""
     names = [path.name for path in (run_dir / CHECKPOINTS).glob("*") if path.is_dir()]
     return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def fingerprints(config: TrainConfig, corpus_sha256: str) -> dict[str, Any]:
+    """What `meta` says about whose checkpoint it is; `restore` compares it."""
+    return {"seed": config.seed, "config_hash": config_hash(config), "corpus_sha256": corpus_sha256}
 
 
 class Checkpoints:
@@ -60,13 +66,16 @@ class Checkpoints:
         args = self._ocp.args
         self._manager.save(step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)))
 
-    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, abstract_state: TrainState, expected: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """The latest checkpoint, placed as `abstract_state` says.
 
+        Args:
+          abstract_state: shapes, dtypes and shardings.
+          expected: the `fingerprints` that its meta must have.
         Returns:
           (state, meta).
         Raises:
-          UserError: there is none, or its arrays are not those of this model.
+          UserError: there is none, its arrays are not those of this model, or another run saved it.
         """
         step = self.latest_step()
         if step is None:
@@ -82,9 +91,18 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} does not fit this model ({message}); "
                 "it is damaged or from another version: train again, or remove it to use an earlier one"
             ) from error
+        meta = restored["meta"]
+        different = [
+            f"{key}: {meta.get(key)} there, {value} here" for key, value in expected.items() if meta.get(key) != value
+        ]
+        if different:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} was saved by another run ({'; '.join(different)}); "
+                "restore the config.yaml and corpus.json that belong to it, or train again"
+            )
         # Restored arrays are not reliably donatable; one pass through jit makes them the runtime's own.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-        return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), restored["meta"]
+        return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), meta
 
     def __enter__(self) -> "Checkpoints":
         return self

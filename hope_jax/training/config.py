@@ -185,6 +185,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 def config_hash(config: TrainConfig) -> str:
     """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
+    config = from_dict(TrainConfig(), to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
     values = {key: value for key, value in leaves(config).items() if not key.startswith(FREE_ON_RESUME)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

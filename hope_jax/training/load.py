@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from hope_jax.training.checkpoint import Checkpoints, saved_step
+from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
 from hope_jax.training.config import MeshConfig, TrainConfig, read_config
 from hope_jax.training.errors import UserError
+from hope_jax.training.run_dir import read_corpus_facts
 from hope_jax.training.step import Program, TrainState, build_program
 
 
@@ -29,5 +30,6 @@ def load_run(run_dir: Path) -> Run:
     if saved_step(run_dir) is None:
         raise UserError(f"{run_dir} holds no checkpoint yet; train it to its first one")
     with Checkpoints(run_dir, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(program.abstract_state)
+        expected = fingerprints(config, read_corpus_facts(run_dir)["sha256"])
+        state, _ = checkpoints.restore(program.abstract_state, expected)
     return Run(config, program, state)

@@ -10,8 +10,8 @@ import jax
 import optax
 from rich.console import Console
 
-from hope_jax.training.checkpoint import Checkpoints, saved_step
-from hope_jax.training.config import TrainConfig, config_hash
+from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
+from hope_jax.training.config import TrainConfig
 from hope_jax.training.corpus import Corpus, load_corpus
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
@@ -79,7 +79,7 @@ def train(
     claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
     with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-        state = _start(program, checkpoints)
+        state = _start(program, checkpoints, fingerprints(config, corpus.sha256))
         start = int(state.step)
         label = config.model.name
         with MetricsWriter(run_dir, start) as writer, Display(console, label, config.steps, start) as display:
@@ -109,10 +109,10 @@ def count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _start(program: Program, checkpoints: Checkpoints) -> TrainState:
+def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any]) -> TrainState:
     if checkpoints.latest_step() is None:
         return program.init()
-    return checkpoints.restore(program.abstract_state)[0]
+    return checkpoints.restore(program.abstract_state, expected)[0]
 
 
 def _recorded_speed(run_dir: Path) -> float | None:
@@ -213,9 +213,7 @@ class _Run:
     def _save(self, state: TrainState) -> None:
         meta: dict[str, Any] = {
             "data_step": int(state.step),  # the position of data and random numbers: both follow from (seed, step)
-            "seed": self.config.seed,
-            "config_hash": config_hash(self.config),
-            "corpus_sha256": self.corpus.sha256,
+            **fingerprints(self.config, self.corpus.sha256),
             "versions": {"jax": jax.__version__, "optax": optax.__version__},
         }
         self.checkpoints.save(state, meta)

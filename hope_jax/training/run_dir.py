@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hope_jax.training.checkpoint import CHECKPOINTS
+from hope_jax.training.checkpoint import CHECKPOINTS, saved_step
 from hope_jax.training.config import (
     CONFIG_FILE,
     TrainConfig,
@@ -50,6 +50,11 @@ def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwri
         config = continue_config(config, run_dir)
     elif taken and not overwrite:
         raise UserError(_taken(config, run_dir))
+    elif not overwrite and saved_step(run_dir) is not None:
+        raise UserError(
+            f"{run_dir} holds checkpoints but no {CONFIG_FILE}; restore that file and --resume, "
+            "give another place with --run DIR, or --overwrite to replace them"
+        )
     return dataclasses.replace(config, decay_steps=config.schedule_steps)
 
 

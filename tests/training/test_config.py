@@ -124,6 +124,7 @@ def test_hash_ignores_what_may_change():
     config = TrainConfig(decay_steps=600)
     longer = dataclasses.replace(config, steps=5_000, eval_every=7)
     assert config_hash(longer) == config_hash(config)
+    assert config_hash(dataclasses.replace(config, clip_norm=1)) == config_hash(config)  # 1.0 once read from YAML
     assert config_hash(dataclasses.replace(config, seed=1)) != config_hash(config)
 
 

@@ -274,6 +274,25 @@ def test_a_run_without_a_checkpoint_cannot_be_read(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("read", [load_run, None], ids=["load", "resume"])
+def test_checkpoints_of_another_run_are_refused(small, tmp_path, read):
+    """An edited config.yaml, checkpoints copied from elsewhere: nothing in their shapes tells."""
+    train(dataclasses.replace(small, steps=1), tmp_path / "run")
+    changed = dataclasses.replace(small, decay_steps=1, seed=3, weight_decay=0)  # 0 is what YAML reads as 0.0
+    write_config(changed, tmp_path / "run")
+    with pytest.raises(UserError, match=r"saved by another run \(seed: 0 there, 3 here; config_hash: ") as caught:
+        load_run(tmp_path / "run") if read else train(changed, tmp_path / "run", resume=True)
+    assert "corpus" not in str(caught.value).partition(";")[0]
+
+
+def test_checkpoints_without_a_config_are_not_written_over(small, tmp_path):
+    train(dataclasses.replace(small, steps=1), tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.yaml"):
+        train(small, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_run_on_a_mesh_is_loaded_on_one_device(small, tmp_path):
     config = dataclasses.replace(small, steps=1, mesh=MeshConfig(data=2, fsdp=2))
     result = train(config, tmp_path / "run")
