@@ -15,7 +15,7 @@ from hope_jax.training.config import TrainConfig
 from hope_jax.training.sharding import path_string
 
 # Weight decay pulls a matrix towards zero; these have another resting point, or none.
-NO_DECAY = re.compile(r"(^|/)(scale|bias|embedding)$|/gates/|/conv/")
+NO_DECAY = re.compile(r"(^|/)(scale|bias|embedding|head)$|/gates/|/conv/")
 CMS_LEVEL = re.compile(r"(?:^|/)cms/level_(\d+)/")
 
 
@@ -40,7 +40,7 @@ def learning_rate_schedule(config: TrainConfig, period: int = 1) -> optax.Schedu
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay applies to: matrices, but no embeddings or gates."""
+    """True for the leaves that weight decay applies to: matrices, but no embeddings, head or gates."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.ndim >= 2 and not NO_DECAY.search(path_string(path)), params
     )

@@ -22,7 +22,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(^|/)embedding$", P("tensor", "fsdp")),
+    (r"(^|/)embedding$", P("tensor", "fsdp")),  # the vocabulary over tensor
+    (r"(^|/)head$", P("fsdp", "tensor")),  # the same, the other way round
     (r"/mixer/w[qkv]$|/mixer/w_gate$", P("fsdp", "tensor")),  # heads over tensor
     (r"/mixer/wo$|/mixer/w_out$", P("tensor", "fsdp")),
     (r"/memory/(in_proj|static/\w+)$", P("fsdp", "tensor")),

@@ -129,10 +129,11 @@ def test_schedule():
 
 
 def test_decay_applies_to_matrices_only():
-    shapes = jax.eval_shape(lambda: build_program(config()).init()).params
+    untied = config(model=model("transformer", tie_embeddings=False))
+    shapes = jax.eval_shape(lambda: build_program(untied).init()).params
     mask = {path_string(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(decay_mask(shapes))}
     assert mask["blocks/mixer/wq"] and mask["blocks/mlp/w_down"]
-    assert not any(mask[path] for path in ("embedding", "final_norm/scale", "blocks/mixer_norm/scale"))
+    assert not any(mask[path] for path in ("embedding", "head", "final_norm/scale", "blocks/mixer_norm/scale"))
 
 
 def test_gradients_are_clipped_by_their_global_norm():
