@@ -27,8 +27,9 @@ What is known by other names is an arrangement of these (each line is proven in 
 """
 
 from hope_jax.cms import cms, cms_chain, cms_memory, slow_period
+from hope_jax.levels import level
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
-from hope_jax.nesting import level, nest
+from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
 from hope_jax.optimizers import every
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying

@@ -1,82 +1,32 @@
 """Levels in time: `nest(*levels)` runs an error function at the fastest clock, one `lax.scan` inside the other.
 
-The body of level i is: run the faster levels over my chunk, then close my chunk. Closing makes the weights that hold
-the chunk's writes the ones that the next chunk starts with. Local levels (with an objective) write every piece into
-their `running` weights as it comes, with errors taken at `start`; global levels (without) sum their errors in
-`pending` and call their rule once. In both cases a chunk may end in the middle of a call and go on in the next.
+The body of level i is: run the faster levels over my chunk, then close my chunk (what that means is in `levels.py`). A
+chunk may end in the middle of a call and go on in the next.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
-from hope_jax.chunk_form import FactoredTransformation
-from hope_jax.types import (
-    Level,
-    LevelState,
-    Memory,
-    Nest,
-    NestState,
-    Objective,
-    Params,
-    Tokens,
-    Write,
-    contract,
-    is_outer,
+from hope_jax.levels import (
+    absorb,
+    add_pending,
+    at_rest,
+    begin,
+    close,
+    join_tokens,
+    open_level,
+    safe_pending,
+    unmasked,
 )
-from hope_jax.writing import factored_errors, write_chunk
-
-READS = ("start", "before", "after")
-
-
-def level(
-    memory: Memory | None,
-    tx: optax.GradientTransformation,
-    chunk_size: int,
-    *,
-    objective: Objective | None = None,
-    read: Literal["start", "before", "after"] = "start",
-    bptt_chunks: int | None = None,
-) -> Level:
-    """One memory with its rule and its clock.
-
-    Args:
-        memory: what is remembered with; None if the nest's error function alone knows the weights.
-        tx: the rule, any optax transformation.
-        chunk_size: C, tokens per write; errors are taken at the weights the chunk started with.
-        objective: makes the level local: its errors are factored and per token. None makes it global: the nest's
-            error function gives its errors, which are summed over the chunk, and the rule runs once per chunk
-            (paper (71)); only `dgd`, which needs the product over the chunk's tokens, writes each one.
-        read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
-            "after" the token's own write (spec 5.1).
-        bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
-
-    Raises:
-        ValueError: chunk_size or bptt_chunks below 1, an unknown read, or a running read of a level that is
-            written only at the end of its chunk.
-
-    Example:
-        >>> import optax
-        >>> from hope_jax import l2_regression, linear_memory
-        >>> level(linear_memory(4, 4), optax.sgd(0.1), 16, objective=l2_regression).chunk_size
-        16
-    """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is a number of tokens, at least 1; got {chunk_size}")
-    if bptt_chunks is not None and bptt_chunks < 1:
-        raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
-    if read not in READS:
-        raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
-    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks)
-    if read != "start" and not _writes_tokens(made):
-        raise ValueError(f"read={read!r} needs weights that change within the chunk: give the level an objective")
-    return made
+from hope_jax.local import local_error, local_output
+from hope_jax.types import Level, LevelState, Nest, NestState, Params, Write, is_outer
+from hope_jax.writing import write_chunk
 
 
 def nest(
@@ -114,7 +64,7 @@ def nest(
 
     Example:
         >>> import jax, optax
-        >>> from hope_jax import Tokens, dgd, l2_regression, linear_memory
+        >>> from hope_jax import Tokens, dgd, l2_regression, level, linear_memory
         >>> fast = level(linear_memory(4, 4), dgd(0.5), 2, objective=l2_regression)
         >>> slow = level(linear_memory(4, 4), optax.sgd(0.1), 8, objective=l2_regression)
         >>> n = nest(fast, slow)
@@ -128,7 +78,7 @@ def nest(
     _check_levels(levels, error, output)
     sizes = tuple(l.chunk_size for l in levels)
     if error is None:
-        error, output = _local_error(levels), _local_output
+        error, output = local_error(levels), local_output
     piece = _piece(levels, error, output)
     fast = jax.checkpoint(piece) if remat else piece
 
@@ -144,7 +94,7 @@ def nest(
             raise ValueError(
                 f"init takes one tree of weights per level, a tuple of {len(levels)}; got {params_by_level!r:.80}"
             )
-        return NestState(tuple(map(_open, levels, params_by_level)), carry, np.int32(0))
+        return NestState(tuple(map(open_level, levels, params_by_level)), carry, np.int32(0))
 
     def run(i: int, state, xs):
         """Whole chunks of level i: scan over them, each running the faster levels and then closing level i.
@@ -158,14 +108,14 @@ def nest(
 
         def body(state, chunk):
             states, carry = state
-            (states, carry), (ys, errors) = run(i - 1, (_begin(levels, states, i), carry), chunk)
-            states, errors = _absorb(states, errors, [i])
-            return (_at_rest(_close(levels, states, [i]), i), carry), (ys, errors)
+            (states, carry), (ys, errors) = run(i - 1, (begin(levels, states, i), carry), chunk)
+            states, errors = absorb(states, errors, [i])
+            return (at_rest(close(levels, states, [i]), i), carry), (ys, errors)
 
         states, carry = state
-        (states, carry), (ys, errors) = jax.lax.scan(body, (_at_rest(states, i), carry), chunks)
+        (states, carry), (ys, errors) = jax.lax.scan(body, (at_rest(states, i), carry), chunks)
         ys = jax.tree.map(lambda y: y.reshape(n * sizes[i], *y.shape[2:]), ys)
-        return (_begin(levels, states, i), carry), (ys, jax.tree.map(_join_tokens, errors))
+        return (begin(levels, states, i), carry), (ys, jax.tree.map(join_tokens, errors))
 
     def aligned(state: NestState, xs: Any, phase: int):
         """A call that knows its clock: whole chunks of the slowest levels that fit, pieces at the ends."""
@@ -173,8 +123,8 @@ def nest(
         for i, length, due in _segments(sizes, phase, _length(xs)):
             part = jax.tree.map(lambda x, a=start, n=length: x[a : a + n], xs)
             (states, carry), (ys, errors) = run(i, inner, part)
-            states, _ = _absorb(states, errors, range(len(levels)))
-            inner = (_close(levels, states, due), carry)
+            states, _ = absorb(states, errors, range(len(levels)))
+            inner = (close(levels, states, due), carry)
             parts.append(ys)
             start += length
         ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts) if len(parts) > 1 else parts[0]
@@ -186,10 +136,10 @@ def nest(
         def body(state: NestState, x):
             piece_of_one = jax.tree.map(lambda a: a[None], x)
             (states, carry), (y, errors) = fast(state.levels, state.carry, piece_of_one)
-            states, _ = _absorb(states, errors, range(len(levels)))
+            states, _ = absorb(states, errors, range(len(levels)))
             phase = state.phase + 1
             due = [phase % c == 0 for c in sizes]
-            closed = _close(levels, tuple(map(_safe_pending, states, due)), range(len(levels)))
+            closed = close(levels, tuple(map(safe_pending, states, due)), range(len(levels)))
             states = tuple(
                 jax.tree.map(lambda a, b, d=d: jnp.where(d, a, b), new, old)
                 for d, new, old in zip(due, closed, states, strict=True)
@@ -249,66 +199,6 @@ def _segments(sizes: tuple[int, ...], phase: int, length: int) -> Iterator[tuple
         yield i, tokens, [j for j in range(i + 1, len(sizes)) if now % sizes[j] == 0]
 
 
-def _writes_tokens(lev: Level) -> bool:
-    """Is every token written as it comes? Local levels do, and rules that need the product over a chunk's tokens."""
-    return lev.objective is not None or isinstance(lev.tx, FactoredTransformation)
-
-
-def _open(lev: Level, params: Params) -> LevelState:
-    local = _writes_tokens(lev)
-    return LevelState(
-        start=params,
-        running=params if local else None,
-        pending=None if local else jax.tree.map(jnp.zeros_like, params),
-        rule=lev.tx.init(params),
-        origin=None if lev.bptt_chunks is None else (params, jnp.zeros((), jnp.int32)),
-    )
-
-
-def _at_rest(states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
-    """Level i between two chunks, where `running` is `start` and `pending` is zero: only `start` is carried."""
-    return tuple(s._replace(running=None, pending=None) if j == i else s for j, s in enumerate(states))
-
-
-def _begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
-    """Level i at the start of a chunk, from its weights at rest."""
-    start = states[i].start
-    local = _writes_tokens(levels[i])
-    fresh = states[i]._replace(
-        running=start if local else None,
-        pending=None if local else jax.tree.map(jnp.zeros_like, start),
-    )
-    return tuple(fresh if j == i else s for j, s in enumerate(states))
-
-
-def _safe_pending(state: LevelState, due: jax.Array) -> LevelState:
-    """Ones where the level is not due: the step it then takes is not selected, but its gradient must be finite."""
-    return state._replace(pending=jax.tree.map(lambda p: jnp.where(due, p, jnp.ones_like(p)), state.pending))
-
-
-def _close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
-    return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
-
-
-def _close_one(lev: Level, state: LevelState) -> LevelState:
-    """The end of a level's chunk: what was written becomes what the next chunk starts with."""
-    if state.running is not None:
-        new, rule, pending = state.running, state.rule, None
-    else:
-        tx = optax.with_extra_args_support(lev.tx)
-        updates, rule = tx.update(cast(Any, state.pending), state.rule, state.start)
-        new = optax.apply_updates(state.start, updates)
-        pending = jax.tree.map(jnp.zeros_like, state.pending)
-    origin = state.origin
-    if origin is not None and lev.bptt_chunks is not None:
-        theta0, writes = origin
-        cut = (writes + 1) % lev.bptt_chunks == 0
-        new = jax.tree.map(lambda w, w0: jnp.where(cut, w0 + jax.lax.stop_gradient(w - w0), w), new, theta0)
-        rule = jax.tree.map(lambda r: jnp.where(cut, jax.lax.stop_gradient(r), r), rule)
-        origin = (theta0, writes + 1)
-    return LevelState(new, None if state.running is None else new, pending, rule, origin)
-
-
 def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) -> Callable:
     """One piece of at most the fastest chunk: evaluate the errors, hand each level its own, read.
 
@@ -326,11 +216,11 @@ def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) 
                 running, rule, read = write_chunk(lev, state.running, state.rule, write)
                 state = state._replace(running=running, rule=rule)
             elif all(map(is_outer, jax.tree.leaves(write.error, is_leaf=is_outer))):
-                later = _unmasked(write)
+                later = unmasked(write)
             elif write.mask is not None:
                 raise ValueError("a mask needs factored errors; a dense sum must leave masked tokens out itself")
             else:
-                state = _add(state, write.error)
+                state = add_pending(state, write.error)
             if state.running is None and (write.gates or write.query is not None):
                 raise ValueError("gates and queries are for levels that write token by token: give it an objective")
             new.append(state)
@@ -339,63 +229,3 @@ def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) 
         return (tuple(new), carry), (output(ys, tuple(reads)) if output else ys, tuple(waiting))
 
     return piece
-
-
-def _unmasked(write: Write) -> Any:
-    """Factored errors without those of masked tokens."""
-    if write.mask is None:
-        return write.error
-    keep = write.mask[:, None]
-    return jax.tree.map(
-        lambda e: e._replace(delta=jnp.where(keep.reshape((1,) * (e.delta.ndim - 2) + keep.shape), e.delta, 0)),
-        write.error,
-        is_leaf=is_outer,
-    )
-
-
-def _add(state: LevelState, error: Any) -> LevelState:
-    """Add an error, dense or factored, to what is pending."""
-    dense = jax.tree.map(lambda e: contract(e) if is_outer(e) else e, error, is_leaf=is_outer)
-    return state._replace(pending=jax.tree.map(jnp.add, state.pending, dense))
-
-
-def _absorb(states: tuple[LevelState, ...], errors: tuple, which) -> tuple[tuple[LevelState, ...], tuple]:
-    """Add the waiting factored errors of some levels to what is pending; the others go on waiting."""
-    mine = [j in which and e is not None for j, e in enumerate(errors)]
-    states = tuple(_add(s, e) if m else s for s, e, m in zip(states, errors, mine, strict=True))
-    return states, tuple(None if m else e for e, m in zip(errors, mine, strict=True))
-
-
-def _join_tokens(factor: jax.Array) -> jax.Array:
-    """Factors of N pieces [N, ..., C, K] as those of one [..., N C, K]."""
-    x = jnp.moveaxis(factor, 0, -3)
-    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def _local_error(levels: tuple[Level, ...]) -> Callable:
-    """Every level remembers the same tokens, each with its own memory, objective, rule and clock."""
-
-    def error(params_by_level: tuple[Params, ...], carry: Any, chunk: Tokens):
-        gates = {name: getattr(chunk, name) for name in ("eta", "alpha", "mu", "log_alpha", "log_mu")}
-        gates = {name: jnp.moveaxis(g, 0, -1) for name, g in gates.items() if g is not None}
-        query = None if chunk.query is None else _heads_first(chunk.query)
-        errors, ys = [], []
-        for lev, params in zip(levels, params_by_level, strict=True):
-            key, value = _heads_first(chunk.key), _heads_first(chunk.value)
-            _, err = factored_errors(lev.memory, cast(Objective, lev.objective), params, key, value)
-            errors.append(Write(err, gates, query, chunk.mask))
-            ys.append(lev.memory.apply(params, query) if query is not None and lev.read == "start" else None)
-        return tuple(errors), carry, tuple(ys)
-
-    return error
-
-
-def _heads_first(x: jax.Array) -> jax.Array:
-    """[C, ..., K] -> [..., C, K]"""
-    return jnp.moveaxis(x, 0, -2)
-
-
-def _local_output(ys: tuple, reads: tuple) -> Any:
-    merged = tuple(y if r is None else r for y, r in zip(ys, reads, strict=True))
-    merged = tuple(None if y is None else jnp.moveaxis(y, -2, 0) for y in merged)
-    return merged[0] if len(merged) == 1 else merged

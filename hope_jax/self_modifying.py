@@ -15,8 +15,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from hope_jax.levels import level
 from hope_jax.memories import linear_memory, mlp_memory
-from hope_jax.nesting import level, nest
+from hope_jax.nesting import nest
 from hope_jax.objectives import huber_norm, l2_regression
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.transforms import dgd

@@ -14,8 +14,9 @@ from typing import Literal
 
 import optax
 
+from hope_jax.levels import level
 from hope_jax.memories import linear_memory
-from hope_jax.nesting import level, nest
+from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, l2_regression
 from hope_jax.transforms import dgd, retention
 from hope_jax.types import Nest

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from hope_jax.nesting import level, nest
+from hope_jax.levels import level
+from hope_jax.nesting import nest
 from hope_jax.objectives import l2_regression
 from hope_jax.transforms import dgd
 from hope_jax.types import Memory, Nest
