@@ -40,6 +40,7 @@ def cases(tokens: int = 4096, dim: int = 128, hidden: int = 512) -> tuple[dict[s
         "token scan, optax.MultiSteps": lambda params: _multi_steps(error, rules, params, x, target),
     }
     outputs = {name: np.asarray(jax.jit(program)(params)) for name, program in programs.items()}
+    # float32 over up to 4,096 steps: 1e-6 a step, growing with the square root of their number, rounded up
     for name, y in outputs.items():
         np.testing.assert_allclose(y, outputs["nest"], rtol=1e-4, atol=1e-4, err_msg=name)
     return programs, params
