@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hope_kernels import delta_rule
+from hope_kernels import Config, delta_rule
 from hope_kernels.delta_rule import IMPLEMENTATIONS
 from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
 from hope_kernels.testing import FAST_COMPILE, check_op, with_poisoned_tail
@@ -22,7 +22,7 @@ def check(implementation, arguments, *, poison=0, block_t=16, length=None, fully
     """`check_op` on `delta_rule`; `poison` adds that many masked tokens of NaN behind the last one."""
 
     def op(**arrays):
-        return tuple(delta_rule(**arrays, implementation=implementation, block_t=block_t, **static))
+        return tuple(delta_rule(**arrays, implementation=implementation, config=Config(block_t=block_t), **static))
 
     def reference(**arrays):
         return tuple(delta_rule(**arrays, implementation="reference", **static))
@@ -82,6 +82,22 @@ def test_masked_tokens(rng, implementation, read, momentum):
 @pytest.mark.parametrize("momentum", [False, True])
 def test_nothing_leaks_from_a_poisoned_tail(implementation, momentum):
     check(implementation, make_arguments(SPEC._replace(tokens=13, momentum=momentum)), poison=9)
+
+
+@pytest.mark.parametrize(("read", "momentum"), [("start", False), ("before", True), ("before", False), ("after", True)])
+def test_packed_documents(implementation, read, momentum):
+    check(implementation, make_arguments(SPEC._replace(tokens=40, documents=4, momentum=momentum)), read=read)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_grouped_heads(rng, implementation, momentum):
+    arguments = make_arguments(SPEC._replace(heads=4, key_heads=2, momentum=momentum))
+    arguments["mask"] = jnp.asarray(rng.uniform(size=(2, 20, 4)) < 0.6)
+    check(implementation, arguments)
+
+
+def test_scale_and_high_precision(implementation):
+    check(implementation, make_arguments(SPEC), scale=0.3, precision="high")
 
 
 def test_momentum_that_forgets_everything(x64, implementation):

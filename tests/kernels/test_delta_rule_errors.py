@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from hope_kernels import delta_rule
+from hope_kernels import Config, delta_rule
 from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
 
 SPEC = ArgSpec(batch=2, tokens=3, heads=2, key_width=4, value_width=5)
@@ -27,8 +27,10 @@ GATE, STATE = (2, 3, 2), (2, 2, 4, 5)
         ),
         ({"initial_momentum": jnp.zeros(STATE)}, "without log_mu"),
         ({"read": "now"}, "start, before, after; got 'now'"),
-        ({"block_t": 0}, "block_t must be at least 1; got 0"),
-        ({"implementation": "pallas_tpu"}, "no implementation 'pallas_tpu'; there are: xla, reference"),
+        ({"precision": "low"}, "default, high, fast; got 'low'"),
+        ({"implementation": "cuda"}, "no implementation 'cuda'; there are: .*xla, reference"),
+        ({"segment_ids": jnp.zeros((3, 2), int)}, r"segment_ids must have shape \(2, 3\)"),
+        ({"k": jnp.zeros((2, 3, 3, 4))}, "heads of k must divide those of u; got 3 and 2"),
     ],
 )
 def test_values(changes, message):
@@ -42,8 +44,15 @@ def test_values(changes, message):
         ({"k": jnp.zeros((2, 3, 2, 4), jnp.int32)}, "k must be floating point; got int32"),
         ({"eta": jnp.zeros(GATE, jnp.int32)}, "eta must be floating point; got int32"),
         ({"mask": jnp.zeros(GATE)}, "mask must be bool.*float32"),
+        ({"segment_ids": jnp.zeros((2, 3))}, "segment_ids must be integers; got float32"),
     ],
 )
 def test_types(changes, message):
     with pytest.raises(TypeError, match=message):
         delta_rule(**{**make_arguments(SPEC), **changes})
+
+
+@pytest.mark.parametrize("field", ["block_t", "heads", "group", "parts"])
+def test_sizes_of_a_config(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1; got 0"):
+        Config(**{field: 0})

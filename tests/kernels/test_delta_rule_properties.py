@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals  # what jax.ad_checkpoint.print_saved_residuals prints
 
-from hope_kernels import delta_rule
+from hope_kernels import Config, delta_rule
 from hope_kernels.delta_rule import IMPLEMENTATIONS
 from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
 from hope_kernels.delta_rule.config import default_block_t
@@ -45,9 +46,9 @@ def assert_equal(found, expected):
 
 @OTHERS
 def test_the_tile_changes_nothing(implementation, arguments):
-    one_tile = jit(call(implementation, block_t=33))(**arguments)
+    one_tile = jit(call(implementation, config=Config(block_t=33)))(**arguments)
     for block_t in (1, 7, 16, None):
-        assert_close(jit(call(implementation, block_t=block_t))(**arguments), one_tile)
+        assert_close(jit(call(implementation, config=Config(block_t=block_t)))(**arguments), one_tile)
 
 
 @EVERY
@@ -55,7 +56,7 @@ def test_the_tile_changes_nothing(implementation, arguments):
 def test_two_calls_are_one(implementation, tokens, at, exact):
     """Bit for bit when the split falls between tiles and every call has several of them."""
     arguments = make_arguments(SPEC._replace(tokens=tokens))
-    run = jit(call(implementation, block_t=16))
+    run = jit(call(implementation, config=Config(block_t=16)))
     first = run(**{n: a[:, :at] if n in TIME_ARGUMENTS else a for n, a in arguments.items()})
     rest = {n: arguments[n][:, at:] for n in TIME_ARGUMENTS}
     second = run(**rest, initial_state=first.state, initial_momentum=first.momentum)
@@ -67,7 +68,7 @@ def test_two_calls_are_one(implementation, tokens, at, exact):
 def test_a_rule_that_does_nothing_leaves_the_state_bit_for_bit(implementation, arguments):
     zero = jnp.zeros_like(arguments["eta"])
     k, u, state = arguments["k"], jnp.zeros_like(arguments["u"]), arguments["initial_state"]
-    run = jit(call(implementation, block_t=16))
+    run = jit(call(implementation, config=Config(block_t=16)))
     assert_equal(run(None, k, u, zero, log_alpha=zero, initial_state=state).state, state)
     everything_masked = run(**arguments, mask=jnp.zeros(k.shape[:3], bool))
     assert_equal(everything_masked.state, state)
@@ -85,8 +86,63 @@ def test_no_tokens(implementation, arguments, read):
 
 
 @EVERY
+@pytest.mark.parametrize("read", ["start", "before", "after"])
+def test_a_packed_document_is_a_call_of_its_own(implementation, read):
+    """Every document but the first starts empty; what comes out at the end is the last one's."""
+    arguments = make_arguments(SPEC._replace(batch=1, documents=3))
+    ids = np.asarray(arguments.pop("segment_ids"))[0]
+    packed = jit(call(implementation, read=read, config=Config(block_t=16)))(**arguments, segment_ids=jnp.array([ids]))
+    starts = {n: arguments.pop(n) for n in ("initial_state", "initial_momentum")}
+    reads, last = [], None
+    for i in np.unique(ids):
+        document = {n: a[:, ids == i] for n, a in arguments.items()}
+        last = call("reference", read=read)(**document, **(starts if i == ids[0] else {}))
+        reads.append(last.y)
+    assert len(reads) == 3 and last is not None
+    assert_close(tuple(packed), (jnp.concatenate(reads, axis=1), last.state, last.momentum))
+
+
+@EVERY
+def test_value_heads_that_share_a_key_head(implementation):
+    arguments = make_arguments(SPEC._replace(heads=4, key_heads=2))
+    repeated = {n: jnp.repeat(a, 2, axis=2) if n in ("q", "k") else a for n, a in arguments.items()}
+    run = jit(call(implementation, config=Config(block_t=16)))
+    assert_close(run(**arguments), run(**repeated))
+
+
+@EVERY
+def test_scale_multiplies_the_reads_alone(implementation, arguments):
+    run = lambda scale: jit(call(implementation, scale=scale))(**arguments)  # noqa: E731
+    assert_close(tuple(run(0.25)), (0.25 * run(1.0).y, run(1.0).state, run(1.0).momentum))
+
+
+@EVERY
+def test_high_precision_of_bfloat16_inputs(implementation):
+    """Products in float32: as exact as the float32 inputs that the bfloat16 ones are."""
+    arguments = make_arguments(SPEC._replace(dtype="bfloat16"))
+    found = jit(call(implementation, precision="high"))(**arguments)
+    expected = call("reference")(**{n: a.astype(jnp.float32) for n, a in arguments.items()})
+    assert_close((found.state, found.momentum), (expected.state, expected.momentum))
+
+
+@OTHERS
+def test_a_policy_can_keep_the_states_by_name(implementation):
+    """With their name allowed, `jax.checkpoint` saves the tile-start states; without, only the inputs."""
+    arguments = make_arguments(ArgSpec(1, 64, 2, 4, 3))
+
+    def kept(policy):
+        run = jax.checkpoint(call(implementation, config=Config(block_t=16)), policy=policy)
+        residuals = saved_residuals(lambda a: jnp.sum(run(**a).y), arguments)
+        return [aval.shape for aval, where in residuals if "argument" not in where]
+
+    states = (4, 1, 2, 4, 3)
+    assert states in kept(jax.checkpoint_policies.save_only_these_names("delta_rule_states"))
+    assert states not in kept(jax.checkpoint_policies.nothing_saveable)
+
+
+@EVERY
 def test_heads_and_batch_are_independent(implementation, arguments):
-    run = jit(call(implementation, block_t=16))
+    run = jit(call(implementation, config=Config(block_t=16)))
     out = run(**arguments)
     other_heads, other_batch = jnp.array([2, 0, 1]), jnp.array([1, 0])
 
@@ -105,14 +161,14 @@ def test_a_rotation_of_keys_and_state_leaves_the_reads(implementation, arguments
     rotated = {**arguments, "q": arguments["q"] @ rotation, "k": arguments["k"] @ rotation}
     for name in ("initial_state", "initial_momentum"):
         rotated[name] = jnp.einsum("kj,bhkv->bhjv", rotation, arguments[name])
-    run = jit(call(implementation, block_t=16))
+    run = jit(call(implementation, config=Config(block_t=16)))
     assert_close(run(**rotated).y, run(**arguments).y)
 
 
 @OTHERS
 def test_linear_in_state_momentum_and_write(implementation, arguments):
     linear = ("u", "initial_state", "initial_momentum")
-    run = jit(call(implementation, block_t=16))
+    run = jit(call(implementation, config=Config(block_t=16)))
     doubled = run(**{n: 2 * a if n in linear else a for n, a in arguments.items()})
     assert_equal(doubled, jax.tree.map(lambda x: 2 * x, run(**arguments)))
 
@@ -123,7 +179,7 @@ def test_vmap_is_a_loop(implementation, arguments):
 
     def loss(one):
         one = {n: a[None, :, None] if n in TIME_ARGUMENTS else a[None, None] for n, a in one.items()}
-        out = call(implementation, block_t=16)(**one)
+        out = call(implementation, config=Config(block_t=16))(**one)
         return jnp.sum(jnp.square(out.y)) + jnp.sum(jnp.square(out.state)), out.state
 
     heads = {n: a[0].swapaxes(0, 1) if n in TIME_ARGUMENTS else a[0] for n, a in arguments.items()}
@@ -186,7 +242,7 @@ def test_memory_of_the_gradient_grows_linearly(implementation):
         shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in make_arguments(spec).items()}
 
         def loss(arguments):
-            return jnp.sum(call(implementation, block_t=64)(**arguments).y)
+            return jnp.sum(call(implementation, config=Config(block_t=64))(**arguments).y)
 
         analysis = jit(jax.grad(loss)).lower(shapes).compile().memory_analysis()
         assert analysis is not None

@@ -19,6 +19,8 @@ class ArgSpec(NamedTuple):
     decay: bool = True
     momentum: bool = False
     dtype: str = "float32"
+    key_heads: int | None = None  # Hk; None is as many as heads
+    documents: int = 1  # packed into every row, of random lengths
 
 
 ARG_SPECS = {
@@ -39,7 +41,7 @@ def make_arguments(spec: ArgSpec, seed: int = 0) -> dict[str, jax.Array]:
     time_shape = (spec.batch, spec.tokens, spec.heads)
     state_shape = (spec.batch, spec.heads, spec.key_width, spec.value_width)
     gate_dtype = "float64" if spec.dtype == "float64" else "float32"
-    k = rng.normal(size=(*time_shape, spec.key_width))
+    k = rng.normal(size=(spec.batch, spec.tokens, spec.key_heads or spec.heads, spec.key_width))
     arguments = {
         "q": jnp.asarray(rng.normal(size=k.shape), spec.dtype),
         "k": jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), spec.dtype),
@@ -53,4 +55,7 @@ def make_arguments(spec: ArgSpec, seed: int = 0) -> dict[str, jax.Array]:
     if spec.momentum:
         arguments["log_mu"] = jnp.asarray(np.log(rng.uniform(0.3, 0.95, time_shape)), gate_dtype)
         arguments["initial_momentum"] = jnp.asarray(rng.normal(size=state_shape), gate_dtype)
+    if spec.documents > 1:
+        starts = rng.integers(1, spec.tokens, (spec.batch, spec.documents - 1))
+        arguments["segment_ids"] = jnp.asarray((np.arange(spec.tokens)[None, :, None] >= starts[:, None, :]).sum(-1))
     return arguments

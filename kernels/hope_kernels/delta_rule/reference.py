@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from hope_kernels.delta_rule.types import Inputs, State
+from hope_kernels.delta_rule.config import Config
+from hope_kernels.delta_rule.types import Inputs, State, value_heads_per_key_head
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -19,6 +20,8 @@ def _step(read: str, state: State, token: Inputs) -> tuple[State, jax.Array | No
     def column(gate_BH: jax.Array) -> jax.Array:
         return gate_BH[:, :, None, None]
 
+    if token.reset is not None:
+        state = jax.tree.map(lambda x: jnp.where(token.reset[:, None, None, None] > 0, 0, x), state)
     s, z = state
     y = _rows(token.q, s) if token.q is not None and read == "before" else None
     write = token.k[..., :, None] * token.u[..., None, :]
@@ -35,9 +38,15 @@ def _step(read: str, state: State, token: Inputs) -> tuple[State, jax.Array | No
     return State(s, z), y
 
 
-def forward(inputs: Inputs, state: State, *, read: str, block_t: int | None) -> tuple[jax.Array | None, State]:
-    """Token loop. `read` is "before" or "after"; `block_t` has no meaning here."""
-    del block_t
+def forward(
+    inputs: Inputs, state: State, *, read: str, config: Config, precision: str
+) -> tuple[jax.Array | None, State]:
+    """Token loop. `read` is "before" or "after"; there is no tile, and one precision."""
+    del config, precision
+    group = value_heads_per_key_head(inputs)
+    if group > 1:
+        repeat = lambda x: None if x is None else jnp.repeat(x, group, axis=2)  # noqa: E731
+        inputs = inputs._replace(q=repeat(inputs.q), k=repeat(inputs.k))
     tokens_TBH = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).astype(state.s.dtype), inputs)
     state, y_TBHV = jax.lax.scan(lambda carry, token: _step(read, carry, token), state, tokens_TBH)
     y = None if y_TBHV is None else jnp.moveaxis(y_TBHV, 0, 1).astype(inputs.k.dtype)

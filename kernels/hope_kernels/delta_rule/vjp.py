@@ -1,7 +1,8 @@
 """The gradient of a tiled form: inputs and tile-start states are kept, everything else is computed again.
 
-The tiles are walked backwards with the cotangent of the state; each is differentiated by itself. Doing this for all
-tiles at once, or writing the closed form of (S5.5) by hand, was not faster on a CPU (README, "What was measured").
+The states have a name, so that a `jax.checkpoint` policy can say whether they are saved or computed again. The tiles
+are walked backwards with the cotangent of the state; each is differentiated by itself. Doing this for all tiles at
+once, or writing the closed form of (S5.5) by hand, was not faster on a CPU (README, "What was measured").
 """
 
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hope_kernels.delta_rule.types import Inputs, State
+
+STATES = "delta_rule_states"  # name of the tile-start states, for `jax.checkpoint` policies
 
 type Reads = jax.Array | None  # [B, T, H, V]
 type Tile = Callable[[Inputs, State], tuple[Reads, State]]  # arrays [B, C, H, ...], states [B, H, K, V]
@@ -32,6 +36,7 @@ def _forward(tile, block_t, inputs, state):
         return end, (y_n, start)
 
     end, (y, starts) = jax.lax.scan(step, state, _tiles(inputs, block_t))
+    starts = checkpoint_name(starts, STATES)
     return (None if y is None else _join(y, tokens), end), (inputs, starts)
 
 
