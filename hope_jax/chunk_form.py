@@ -84,36 +84,37 @@ def run(
 ) -> DeltaRuleOutput:
     """Run one matrix' recurrence over a chunk: (reads [..., C, V] or None, state, momentum).
 
-    Tokens whose `mask` [..., C] is False leave state and momentum as they are.
+    The leading axes, whatever they are, are the heads of one kernel call. Tokens whose `mask` [..., C] is False leave
+    state and momentum as they are.
     """
-    mask = None if mask is None else jnp.broadcast_to(mask, rec.key.shape[:-1])
+    leading = state.shape[:-2]
 
-    def one(query, key, write, erase, log_alpha, log_mu, mask, state, momentum):  # no leading axes
-        def heads(x) -> Any:  # the kernel's axes [B, T, H, ...], one example and one head
-            return None if x is None else x[None, :, None]
+    def heads(x: jax.Array | None, trailing: int) -> Any:
+        """[..., C, *trailing axes] -> [1, C, H, *trailing axes], the kernel's."""
+        if x is None:
+            return None
+        tail = x.shape[x.ndim - trailing - 1 :]
+        x = jnp.broadcast_to(x, (*leading, *tail)).reshape(1, -1, *tail)
+        return jnp.swapaxes(x, 1, 2)
 
-        out = delta_rule(
-            heads(query),
-            heads(key),
-            heads(write),
-            heads(erase),
-            log_alpha=heads(log_alpha),
-            log_mu=heads(log_mu),
-            mask=heads(mask),
-            initial_state=state[None, None],
-            initial_momentum=None if momentum is None else momentum[None, None],
-            read=read,
-        )
-        return DeltaRuleOutput(
-            None if out.y is None else out.y[0, :, 0],
-            out.state[0, 0],
-            None if out.momentum is None else out.momentum[0, 0],
-        )
+    def states(x: jax.Array | None) -> Any:
+        return None if x is None else x.reshape(1, -1, *x.shape[-2:])
 
-    call = one
-    for _ in range(state.ndim - 2):
-        call = jax.vmap(call)
-    return call(query, rec.key, rec.write, rec.erase, rec.log_alpha, rec.log_mu, mask, state, momentum)
+    out = delta_rule(
+        heads(query, 1),
+        heads(rec.key, 1),
+        heads(rec.write, 1),
+        heads(rec.erase, 0),
+        log_alpha=heads(rec.log_alpha, 0),
+        log_mu=heads(rec.log_mu, 0),
+        mask=heads(mask, 0),
+        initial_state=states(state),
+        initial_momentum=states(momentum),
+        read=read,
+    )
+    y = None if out.y is None else jnp.swapaxes(out.y, 1, 2).reshape(*leading, -1, out.y.shape[-1])
+    z = None if out.momentum is None else out.momentum.reshape(state.shape)
+    return DeltaRuleOutput(y, out.state.reshape(state.shape), z)
 
 
 def run_tree(
