@@ -1,0 +1,117 @@
+"""From a call to its plan: what the kernels cannot do, and the sizes of a cell."""
+
+import jax
+import jax.numpy as jnp
+
+from hope_kernels.delta_rule.config import Config, tpu_sizes
+from hope_kernels.delta_rule.pallas_tpu import layout
+from hope_kernels.delta_rule.pallas_tpu.inverse import BASE
+from hope_kernels.delta_rule.pallas_tpu.plan import Plan
+from hope_kernels.delta_rule.types import Inputs
+
+KEY_WIDTHS = (64, 128, 256)
+VALUE_MULTIPLE = 64
+FEWEST_TOKENS = 64
+
+
+def device() -> jax.Device:
+    """What programs are compiled for: the device set by `jax.default_device`, else jax's first one."""
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+
+
+def cannot_run(inputs: Inputs, config: Config) -> str | None:
+    """Why the kernels do not do this call, as one phrase."""
+    k, u = inputs.k, inputs.u
+    if inputs.log_mu is not None:
+        return "it has no momentum (log_mu); use implementation='xla'"
+    if k.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 or float32 inputs, not {k.dtype}; use implementation='xla'"
+    if k.shape[3] not in KEY_WIDTHS:
+        return f"its key widths are {KEY_WIDTHS}, not {k.shape[3]}; pad the keys with zeros or use implementation='xla'"
+    if u.shape[3] % VALUE_MULTIPLE or not u.shape[3]:
+        return f"value widths are multiples of {VALUE_MULTIPLE}, not {u.shape[3]}; pad u or use implementation='xla'"
+    if config.block_t is not None and not _is_tile(config.block_t):
+        return f"tiles have 16, 32, 64, 128 or 256 tokens, not block_t={config.block_t}"
+    if config.interpret is None and device().platform != "tpu":
+        return f"it needs a TPU, and this is {device().platform} (Config(interpret=True) simulates one)"
+    if _plan(inputs, None, config, "default") is None:
+        return (
+            f"{u.shape[2]} heads of {k.shape[3]} by {u.shape[3]} do not fit the chip's memory; use implementation='xla'"
+        )
+    return None
+
+
+def unsuited(inputs: Inputs) -> str | None:
+    """Why another implementation is the better choice."""
+    tokens = inputs.k.shape[1]
+    if tokens < FEWEST_TOKENS:
+        return f"its tile would mostly be padding with fewer than {FEWEST_TOKENS} tokens; there are {tokens}"
+    return None
+
+
+def plan_call(inputs: Inputs, read: str, config: Config, precision: str) -> Plan:
+    """The plan of a call that can run."""
+    plan = _plan(inputs, read, config, precision)
+    if plan is None:
+        raise NotImplementedError(cannot_run(inputs, config))
+    return plan
+
+
+def _is_tile(tokens: int) -> bool:
+    return tokens in [BASE << i for i in range(5)]
+
+
+def _plan(inputs: Inputs, read: str | None, config: Config, precision: str) -> Plan | None:
+    """The largest cell with at most as many streams as the table says that fits the memory."""
+    batch, tokens, key_heads, key_width = inputs.k.shape
+    heads, value_width = inputs.u.shape[2:]
+    wide = inputs.k.dtype == jnp.float32
+    table = tpu_sizes(device().device_kind, tokens, config)
+    tile = table.block_t
+    passes = 6 if wide else 1
+    family = heads // key_heads
+    for cell_heads, rows in _cells(batch, heads, key_heads, key_width, value_width, table.heads):
+        shared = min(family, cell_heads)  # heads of one key head are computed together, their gradients are summed
+        plan = Plan(
+            batch=batch,
+            tokens=-(-tokens // tile) * tile,
+            key_heads=key_heads,
+            heads=heads,
+            key_width=key_width,
+            value_width=value_width,
+            tile=tile,
+            rows=rows,
+            cell_heads=cell_heads,
+            group=max(table.group // shared, 1) * shared,
+            read=None if inputs.q is None else read,
+            erase=inputs.eta is not None,
+            decay=inputs.log_alpha is not None,
+            resets=inputs.reset is not None,
+            inverse_passes=6 if wide else 3 if precision == "high" else 1,
+            passes=passes,
+            gradient_passes=6 if wide else 1 if precision == "fast" else 3,
+            interpret=config.interpret,
+        )
+        if layout.vmem_bytes(plan, inputs.k.dtype) <= layout.VMEM_BYTES:
+            return plan
+    return None
+
+
+def _cells(batch, heads, key_heads, key_width, value_width, most: int) -> list[tuple[int, int]]:
+    """(heads, batch entries) a cell can have, the most streams up to `most` first, then ever fewer."""
+    family = heads // key_heads
+    found = []
+    for cell_heads in (n for n in range(1, heads + 1) if heads % n == 0):
+        whole_families = cell_heads % family == 0 or family % cell_heads == 0
+        keys = max(cell_heads // family, 1)
+        aligned = layout.is_lane_aligned(keys * key_width, key_heads * key_width) and layout.is_lane_aligned(
+            cell_heads * value_width, heads * value_width
+        )
+        # A key head that serves several cells leaves its gradient in parts, an array of another width.
+        aligned = aligned and layout.is_lane_aligned(keys * key_width, heads // cell_heads * keys * key_width)
+        if whole_families and aligned:
+            found += [(cell_heads, rows) for rows in range(1, batch + 1) if batch % rows == 0]
+    fit = [c for c in found if c[0] * c[1] <= most]
+    fewest = min(c[0] for c in found)  # the whole of H always qualifies
+    return sorted(fit, key=lambda c: (c[0] * c[1], c[0]), reverse=True) or [(fewest, 1)]
