@@ -1,5 +1,7 @@
 """On a mesh: the numbers of one device, no communication, and clear refusals."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,8 +41,8 @@ def test_values_and_gradients_without_communication(mesh):
         )
         for n, a in arguments.items()
     }
-    grads = jax.jit(jax.grad(lambda a: loss(sharded, a))).lower(placed).compile().as_text()
-    assert "all-gather" not in grads and "all-to-all" not in grads and "collective-permute" not in grads
+    program = jax.jit(jax.grad(lambda a: loss(sharded, a))).lower(placed).compile().as_text()
+    assert program and not re.search("all-gather|all-to-all|collective-permute|all-reduce", program)
 
 
 @pytest.mark.parametrize(

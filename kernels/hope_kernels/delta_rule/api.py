@@ -133,15 +133,15 @@ def delta_rule(
         how = {"read": read, "config": config or Config(), "precision": precision}
         y, end = dispatch("delta_rule", IMPLEMENTATIONS, implementation, running, state, **how)
     if inputs.q is not None and read == "start":
-        y = _read_start(inputs, state)
+        y = _read_start(inputs.q, inputs, state)
     elif inputs.q is not None and y is None:
         y = jnp.zeros(u.shape, dtype)
     return DeltaRuleOutput(y, end.s, end.z)
 
 
-def _read_start(inputs: Inputs, state: State) -> jax.Array:
+def _read_start(q: jax.Array, inputs: Inputs, state: State) -> jax.Array:
     """Reads of the initial state [B, T, H, V]: one product, no recurrence. After a reset there is nothing to read."""
-    q, dtype, wide = inputs.q, inputs.k.dtype, state.s.dtype
+    dtype, wide = q.dtype, state.s.dtype
     s = state.s.reshape(state.s.shape[0], inputs.k.shape[2], -1, *state.s.shape[2:])
     y = dot("bthk,bhgkv->bthgv", q, s, dtype, wide).reshape(inputs.u.shape)
     if inputs.reset is not None:

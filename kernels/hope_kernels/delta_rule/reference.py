@@ -21,7 +21,8 @@ def _step(read: str, state: State, token: Inputs) -> tuple[State, jax.Array | No
         return gate_BH[:, :, None, None]
 
     if token.reset is not None:
-        state = jax.tree.map(lambda x: jnp.where(token.reset[:, None, None, None] > 0, 0, x), state)
+        empty = token.reset[:, None, None, None] > 0
+        state = jax.tree.map(lambda x: jnp.where(empty, 0, x), state)
     s, z = state
     y = _rows(token.q, s) if token.q is not None and read == "before" else None
     write = token.k[..., :, None] * token.u[..., None, :]

@@ -67,11 +67,11 @@ def delta_rule_sharded(
         options: dict[str, Any] = {"read": read, "precision": precision}
         return delta_rule(**arguments, **options, scale=scale, implementation=implementation, config=config)
 
-    out_specs = DeltaRuleOutput(
-        time if "q" in present else None, state, state if present.get("log_mu") is not None else None
-    )
+    out_specs: Any = (time if "q" in present else None, state, state if "log_mu" in present else None)
     # Kernels do not say along which mesh axes their results vary, so that check is off.
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False)(present)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=DeltaRuleOutput(*out_specs), check_vma=False)(
+        present
+    )
 
 
 def _check_divisible(mesh: Mesh, name: str, axes: str | Sequence[str] | None, size: int) -> None:

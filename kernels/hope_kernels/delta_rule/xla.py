@@ -1,6 +1,7 @@
 """The chunked form in plain jax, for every platform: tiles of `block_t` tokens, one triangular solve in each."""
 
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -23,13 +24,13 @@ def _tile_over_heads(read: str, precision: str, inputs: Inputs, state: State) ->
     dtype, wide = inputs.k.dtype, state.s.dtype
     if precision == "high":
         inputs = jax.tree.map(lambda x: x.astype(wide), inputs)
-    per_head = Inputs(1, 1, 1, 1, 1, 1, 1, None)
+    axes: Any = jax.tree.map(lambda _: 1, inputs)._replace(reset=None)
     run = partial(tile, read)
     group = value_heads_per_key_head(inputs)
     if group > 1:  # value heads of one key head: their scores are the same products
-        run = jax.vmap(run, in_axes=(per_head._replace(q=None, k=None), 0), out_axes=(1, 0))
+        run = jax.vmap(run, in_axes=(axes._replace(q=None, k=None), 0), out_axes=(1, 0))
         inputs, state = _split_heads(inputs, state, group)
-    y, state = jax.vmap(jax.vmap(run, in_axes=(per_head, 0), out_axes=(1, 0)))(inputs, state)
+    y, state = jax.vmap(jax.vmap(run, in_axes=(axes, 0), out_axes=(1, 0)))(inputs, state)
     if group > 1:
         state = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state)
         y = None if y is None else y.reshape(*y.shape[:2], -1, y.shape[-1])
