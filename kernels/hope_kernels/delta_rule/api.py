@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hope_kernels.delta_rule import reference, xla
+from hope_kernels.delta_rule import pallas_tpu, reference, xla
 from hope_kernels.delta_rule.config import Config
 from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import (
@@ -17,7 +17,11 @@ from hope_kernels.delta_rule.types import (
 )
 from hope_kernels.dispatch import Implementation, dispatch
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.forward), "reference": Implementation(reference.forward)}
+IMPLEMENTATIONS = {  # the preferred one first
+    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.cannot_run, pallas_tpu.unsuited),
+    "xla": Implementation(xla.forward),
+    "reference": Implementation(reference.forward),
+}
 READS = ("start", "before", "after")
 PRECISIONS = ("default", "high", "fast")
 # exp(-30) = 1e-13 is zero beside one; without a floor, differences of log(0) = -inf would be NaN.
