@@ -1,4 +1,4 @@
-"""The forms that run anywhere equal the reference: reads, final state, momentum and every gradient (spec tests 14-16)."""
+"""The forms that run anywhere are the reference: reads, final state, momentum and gradients (spec tests 14-16)."""
 
 from functools import partial
 
