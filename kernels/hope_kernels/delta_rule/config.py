@@ -42,15 +42,16 @@ class TPUSizes:
 
     block_t: int
     heads: int
-    group: int
+    group: int  # forwards
+    gradient_group: int  # backwards
 
 
 # By the compiler's schedule for K = V = 128 in bfloat16 (README of pallas_tpu); the chip's name as jax gives it.
 TPU_SIZES = {
-    "TPU v5 lite": TPUSizes(block_t=128, heads=16, group=4),
-    "TPU v5": TPUSizes(block_t=128, heads=16, group=4),
-    "TPU v6 lite": TPUSizes(block_t=128, heads=16, group=4),
-    "TPU7x": TPUSizes(block_t=128, heads=16, group=4),
+    "TPU v5 lite": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
+    "TPU v5": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
+    "TPU v6 lite": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
+    "TPU7x": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
 }
 
 
@@ -58,4 +59,5 @@ def tpu_sizes(chip: str, tokens: int, config: Config) -> TPUSizes:
     """The sizes of `config`, those that it leaves open from the table; a short call gets a short tile."""
     table = TPU_SIZES.get(chip, TPU_SIZES["TPU v6 lite"])
     short = 64 if tokens <= 64 else table.block_t
-    return TPUSizes(config.block_t or short, config.heads or table.heads, config.group or table.group)
+    group, gradient_group = config.group or table.group, config.group or table.gradient_group
+    return TPUSizes(config.block_t or short, config.heads or table.heads, group, gradient_group)

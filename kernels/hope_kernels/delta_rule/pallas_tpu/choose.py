@@ -1,5 +1,7 @@
 """From a call to its plan: what the kernels cannot do, and the sizes of a cell."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ VALUE_MULTIPLE = 64
 FEWEST_TOKENS = 64
 
 
-def device() -> jax.Device:
+def device() -> Any:
     """What programs are compiled for: the device set by `jax.default_device`, else jax's first one."""
     chosen = jax.config.jax_default_device
     return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
@@ -36,9 +38,7 @@ def cannot_run(inputs: Inputs, config: Config) -> str | None:
     if config.interpret is None and device().platform != "tpu":
         return f"it needs a TPU, and this is {device().platform} (Config(interpret=True) simulates one)"
     if _plan(inputs, None, config, "default") is None:
-        return (
-            f"{u.shape[2]} heads of {k.shape[3]} by {u.shape[3]} do not fit the chip's memory; use implementation='xla'"
-        )
+        return f"{u.shape[2]} heads of {k.shape[3]} by {u.shape[3]} do not fit its memory; use implementation='xla'"
     return None
 
 
@@ -84,6 +84,7 @@ def _plan(inputs: Inputs, read: str | None, config: Config, precision: str) -> P
             rows=rows,
             cell_heads=cell_heads,
             group=max(table.group // shared, 1) * shared,
+            gradient_group=max(table.gradient_group // shared, 1) * shared,
             read=None if inputs.q is None else read,
             erase=inputs.eta is not None,
             decay=inputs.log_alpha is not None,

@@ -1,8 +1,8 @@
 """How arrays lie in memory, and the parts of them a grid cell sees.
 
 Heads lie side by side: q, k [B, T, Hk K] and u [B, T, H V], which is how a projection leaves them, so nothing is
-transposed. A cell sees a tile of tokens and a stretch of heads. The gates are small and come as rows [R, C] of a tile and
-a cell; what has to stand in columns is transposed in the kernel.
+transposed. A cell sees a tile of tokens and a stretch of heads. The gates are small and come as rows [R, C] of a tile
+and a cell; what has to stand in columns is transposed in the kernel.
 """
 
 import jax
@@ -155,7 +155,7 @@ def vmem_bytes(plan: Plan, dtype: jnp.dtype) -> int:
     inverse = p.streams * p.tile * max(p.tile, LANES) * 4
     gates = p.rows * gate_rows(p) * max(p.tile, LANES) * 4
     wide = max(p.tile, LANES) + max(p.key_width, LANES) + max(p.value_width, LANES)
-    temporaries = p.group * p.tile * wide * 4 * TEMPORARIES
+    temporaries = max(p.group, p.gradient_group) * p.tile * wide * 4 * TEMPORARIES
     return 2 * (4 * keys + 3 * values + 3 * states + inverse + 2 * gates) + states + temporaries
 
 

@@ -13,7 +13,8 @@ class Plan:
     """Everything static about a call.
 
     A grid cell walks over the tiles of `rows` batch entries and `cell_heads` of their heads. Each pair of a batch
-    entry and a head is a stream with a state of its own; `group` streams are computed together.
+    entry and a head is a stream with a state of its own; `group` streams are computed together, so
+    that the units of the core have independent work while one stream waits for a product.
     """
 
     batch: int
@@ -25,7 +26,8 @@ class Plan:
     tile: int  # tokens per tile
     rows: int  # batch entries per cell
     cell_heads: int  # value heads per cell
-    group: int  # streams computed together
+    group: int  # streams computed together, forwards
+    gradient_group: int  # and backwards
     read: str | None  # "before", "after"; None: nothing is read
     erase: bool
     decay: bool
@@ -59,11 +61,10 @@ class Plan:
         """In which the triangular inverses are kept: bfloat16 where they are used as that."""
         return jnp.bfloat16 if self.inverse_passes == 1 else jnp.float32
 
-    @property
-    def groups(self) -> list[list["Stream"]]:
-        """The streams of a cell, those computed together in a list of their own."""
+    def groups(self, size: int) -> list[list["Stream"]]:
+        """The streams of a cell, `size` of them computed together in a list of their own."""
         streams = [self._stream(row, head) for row in range(self.rows) for head in range(self.cell_heads)]
-        return [streams[i : i + self.group] for i in range(0, len(streams), self.group)]
+        return [streams[i : i + size] for i in range(0, len(streams), size)]
 
     def _stream(self, row: int, head: int) -> "Stream":
         return Stream(row * self.cell_heads + head, row, head, head * self.cell_key_heads // self.cell_heads)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hope_kernels.delta_rule.pallas_tpu import backward, forward, layout
+from hope_kernels.delta_rule.pallas_tpu import backward_kernel, forward_kernel, layout
 from hope_kernels.delta_rule.pallas_tpu.plan import Plan
 from hope_kernels.delta_rule.types import Inputs
 
@@ -16,12 +16,12 @@ type Result = tuple[jax.Array | None, jax.Array]  # y [B, T, H V], end [B, H, K,
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def delta_rule(plan: Plan, inputs: Inputs, start_BHKV: jax.Array) -> Result:
     """Reads and final state. `inputs` with the heads side by side, [B, T, H K], and T a multiple of the tile."""
-    out = forward.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=False)
+    out = forward_kernel.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=False)
     return out.get("y"), out["end"]
 
 
 def _forward(plan: Plan, inputs: Inputs, start_BHKV: jax.Array):
-    out = forward.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=True)
+    out = forward_kernel.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=True)
     kept = {"starts": checkpoint_name(out["starts"], "delta_rule_states")}
     if plan.erase:
         kept["inverse"] = checkpoint_name(out["inverse"], "delta_rule_inverse")
@@ -34,7 +34,7 @@ def _backward(plan: Plan, saved: tuple[Inputs, dict[str, jax.Array]], cotangents
     arrays = {**_arrays(plan, inputs), **kept}
     if dy is not None:
         arrays["dy"] = dy
-    out = backward.run(plan, {**arrays, "d_end": d_end})
+    out = backward_kernel.run(plan, {**arrays, "d_end": d_end})
     d_log_alpha, d_eta = layout.unpack_gate_gradients(plan, out["d_gates"])
     d_inputs = Inputs(
         q=None if inputs.q is None else _join_parts(plan, out["dq"]),

@@ -23,8 +23,8 @@ def run(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
             erasure), and the cotangents "dy" (if there are reads) and "d_end".
 
     Returns:
-        "dq" (if there are reads), "dk", "du", "d_gates", "d_start". A key head that serves several cells has one part of
-        its gradient from each of them.
+        "dq" (if there are reads), "dk", "du", "d_gates", "d_start". A key head that serves several cells has one part
+        of its gradient from each of them.
     """
     dtype = arrays["k"].dtype
     out = {"dk": dtype, "du": dtype, "d_gates": jnp.float32, "d_start": jnp.float32}
@@ -54,7 +54,7 @@ def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *give
         refs["d_state"][...] = refs["d_end"][...].reshape(refs["d_state"].shape)
 
     columns = decay.load_columns(plan, refs)
-    for streams in plan.groups:
+    for streams in plan.groups(plan.gradient_group):
         _group(plan, refs, columns, streams)
 
     @pl.when(step == plan.tiles - 1)

@@ -53,7 +53,7 @@ def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *give
         refs["state"][...] = refs["start"][...].reshape(refs["state"].shape)
 
     columns = decay.load_columns(plan, refs)
-    for streams in plan.groups:
+    for streams in plan.groups(plan.group):
         _group(plan, refs, columns, streams)
 
     @pl.when(tile == plan.tiles - 1)
