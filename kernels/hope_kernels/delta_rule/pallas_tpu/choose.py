@@ -71,6 +71,7 @@ def _plan(inputs: Inputs, read: str | None, config: Config, precision: str) -> P
     tile = table.block_t
     passes = 6 if wide else 1
     family = heads // key_heads
+    widths = max((key_width + value_width) // 256, 1)  # the table is for 128 by 128; wider heads, smaller groups
     for cell_heads, rows in _cells(batch, heads, key_heads, key_width, value_width, table.heads):
         shared = min(family, cell_heads)  # heads of one key head are computed together, their gradients are summed
         plan = Plan(
@@ -83,8 +84,8 @@ def _plan(inputs: Inputs, read: str | None, config: Config, precision: str) -> P
             tile=tile,
             rows=rows,
             cell_heads=cell_heads,
-            group=max(table.group // shared, 1) * shared,
-            gradient_group=max(table.gradient_group // shared, 1) * shared,
+            group=max(table.group // widths // shared, 1) * shared,
+            gradient_group=max(table.gradient_group // widths // shared, 1) * shared,
             read=None if inputs.q is None else read,
             erase=inputs.eta is not None,
             decay=inputs.log_alpha is not None,

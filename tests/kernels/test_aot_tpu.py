@@ -1,0 +1,63 @@
+"""The TPU kernels compile for real chips, and their schedules stay within the committed budget. Needs libtpu only."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from hope_kernels.aot import Job, report, reports
+from hope_kernels.delta_rule.pallas_tpu import budget
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.aot
+
+# One chip of each generation of the matrix unit in the fast suite.
+CHIPS = [pytest.param(t, marks=[] if t == "v6e:2x2" else pytest.mark.slow) for t in budget.TOPOLOGIES]
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_schedule_is_within_the_budget(topology):
+    """Not more than a tenth worse; after an improvement: python -m hope_kernels.delta_rule.pallas_tpu.budget --write."""
+    allowed = budget.committed()[topology]
+    for kernel, found in budget.measure(topology).items():
+        for name in ("bundles", "spills"):
+            assert found[name] <= 1.1 * allowed[kernel][name], (kernel, name, found, allowed[kernel])
+
+
+def sharded(mesh: Any, inputs: Any, *states: jax.Array) -> Any:
+    """Forward and backward, batch entries and heads divided over the mesh."""
+    specs = (PartitionSpec("data", None, "tensor"), PartitionSpec("data", "tensor"))
+    every = (specs[0], specs[1], specs[0], specs[1])
+    out = ((specs[0], specs[1]), (specs[0], specs[1]))
+
+    def local(inputs, *states):
+        (y, end), (d_inputs, d_start) = budget.with_gradient("default", inputs, *states)
+        return (y, end.s), (d_inputs, d_start)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=every, out_specs=out, check_vma=False)(inputs, *states)
+
+
+@pytest.mark.parametrize(
+    ("topology", "axes"),
+    [
+        pytest.param("v5e:4x4", {"data": 4, "tensor": 4}, marks=pytest.mark.slow),
+        pytest.param("v5p:8x8x16", {"data": 64, "tensor": 16}, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_gathered_on_a_mesh(topology, axes):
+    arguments = budget.arguments(batch=axes["data"], heads=2 * axes["tensor"], tokens=256)
+    time, state = PartitionSpec("data", None, "tensor"), PartitionSpec("data", "tensor")
+    job = Job(topology, sharded, arguments, "delta_rule_backward", axes, (time, state, time, state), profile=False)
+    text = report(job).text
+    assert text.count("tpu_custom_call") >= 2
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+def test_what_does_not_compile_says_so():
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((8, 16), (8, 16))]
+    with pytest.raises(RuntimeError, match="does not compile"):
+        reports([Job("v6e:2x2", partial(jnp.dot), shapes, profile=False)])
