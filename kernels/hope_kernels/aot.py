@@ -17,6 +17,7 @@ time (1.2 to 2 times longer on a chip is usual). They rank variants and show spi
 """
 
 import glob
+import itertools
 import os
 import pickle
 import re
@@ -110,7 +111,7 @@ def _describe(job: Job) -> str:
 def _compile_in_child(jobs: list[Job]) -> tuple[list[Report | str], str]:
     """The answers until the process ended, and how it ended."""
     profile = jobs[0].profile
-    batch = [job for i, job in enumerate(jobs) if job.profile == profile and all(j.profile == profile for j in jobs[:i])]
+    batch = list(itertools.takewhile(lambda job: job.profile == profile, jobs))
     with tempfile.TemporaryDirectory(prefix="aot_") as folder:
         flags = f"--xla_jf_dump_to={folder}/llo --xla_jf_dump_llo_text=true"
         if profile:
@@ -186,7 +187,7 @@ def _compile(job: Job, folder: str) -> Report:
     cycles = _read_cycles(f"{folder}/profile", job.kernel) if job.profile else None
     if job.dump:
         shutil.copytree(f"{folder}/llo", job.dump, dirs_exist_ok=True)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Report(
         bundles=bundles,
         spills=counts.get("VSTORE:SPILL", 0),
@@ -208,7 +209,8 @@ def _compile(job: Job, folder: str) -> Report:
 def _read_bundles(folder: str, kernel: str) -> tuple[int, dict[str, float], dict[str, int]]:
     """Bundles, share of the slots used per unit, and slots used per unit, of the kernel whose name is `kernel`."""
     paths = sorted(glob.glob(f"{folder}/*final_hlo-static-per-bundle-utilization.txt"))
-    paths = [p for p in paths if re.search(rf"{re.escape(kernel)}(\.\d+)?-\d", os.path.basename(p))] if kernel else paths
+    name = re.compile(rf"-{_pattern(kernel)}-\d")
+    paths = [p for p in paths if not kernel or name.search(os.path.basename(p))]
     if not paths:
         raise LookupError(f"no kernel called {kernel!r} was compiled")
     with open(paths[-1]) as file:
@@ -221,13 +223,18 @@ def _read_bundles(folder: str, kernel: str) -> tuple[int, dict[str, float], dict
     return len(rows), {unit: counts[unit] / (slots[unit] * len(rows)) for unit in units}, counts
 
 
+def _pattern(kernel: str) -> str:
+    """How XLA writes a kernel's name: numbered, and inside the transformations it was traced under."""
+    return rf"(\w+_)?{re.escape(kernel)}_*(\.\d+)?"
+
+
 def _read_cycles(folder: str, kernel: str) -> int | None:
     """The static profiler's estimate; it writes 0 for some grids, which is as good as none."""
     total = 0
     for path in glob.glob(f"{folder}/*.textproto"):
         with open(path) as file:
             estimates = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', file.read())
-        total += sum(int(n) for name, n in estimates if not kernel or re.fullmatch(rf"{re.escape(kernel)}(\.\d+)?", name))
+        total += sum(int(n) for name, n in estimates if not kernel or re.fullmatch(_pattern(kernel), name))
     return total or None
 
 

@@ -20,7 +20,7 @@ CHIPS = [pytest.param(t, marks=[] if t == "v6e:2x2" else pytest.mark.slow) for t
 
 @pytest.mark.parametrize("topology", CHIPS)
 def test_schedule_is_within_the_budget(topology):
-    """Not more than a tenth worse; after an improvement: python -m hope_kernels.delta_rule.pallas_tpu.budget --write."""
+    """At most a tenth worse; after an improvement, python -m hope_kernels.delta_rule.pallas_tpu.budget --write."""
     allowed = budget.committed()[topology]
     for kernel, found in budget.measure(topology).items():
         for name in ("bundles", "spills"):
