@@ -43,8 +43,8 @@ def sharded(mesh: Any, inputs: Any, *states: jax.Array) -> Any:
 @pytest.mark.parametrize(
     ("topology", "axes"),
     [
-        pytest.param("v5e:4x4", {"data": 4, "tensor": 4}, marks=pytest.mark.slow),
-        pytest.param("v5p:8x8x16", {"data": 64, "tensor": 16}, marks=pytest.mark.slow),
+        ("v5e:4x4", {"data": 4, "tensor": 4}),
+        ("v5p:8x8x16", {"data": 64, "tensor": 16}),
     ],
 )
 def test_nothing_is_gathered_on_a_mesh(topology, axes):
@@ -55,6 +55,28 @@ def test_nothing_is_gathered_on_a_mesh(topology, axes):
     assert text.count("tpu_custom_call") >= 2
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
+
+
+def gradient_with_policy(names: tuple[str, ...], *arrays: Any) -> Any:
+    """The gradient of a rematerialised call that keeps only what is named."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def loss(inputs, start):
+        return jnp.sum(budget.reads_and_state("default", inputs, start)[0].astype(jnp.float32) ** 2)
+
+    return jax.grad(jax.checkpoint(loss, policy=policy))(*arrays)
+
+
+@pytest.mark.slow
+def test_a_policy_keeps_or_recomputes_the_residuals():
+    arguments = budget.arguments(heads=2, tokens=256)[:2]
+    names = ("delta_rule_states", "delta_rule_inverse")
+    jobs = [
+        Job("v6e:2x2", partial(gradient_with_policy, n), arguments, "delta_rule_backward", profile=False)
+        for n in (names, ())
+    ]
+    kept, recomputed = (r.text.count('custom_call_target="tpu_custom_call"') for r in reports(jobs))
+    assert (kept, recomputed) == (2, 3)
 
 
 def test_what_does_not_compile_says_so():
