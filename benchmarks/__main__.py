@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME ...] [--json FOLDER]`: tables with ratios, side by side in one process.
 
-delta_rule      the chunked delta rule against the token loop
+kernels         hope bench kernels: the delta rule against a straightforward chunked form (with --json also a picture)
 nest            three levels in a nest, against a token scan with lax.cond and against optax.MultiSteps
 self_modifying  one self-modifying Titans layer, tokens per second
 language_model  a training step of Hope against a Transformer with as many parameters; memory by length
@@ -10,13 +10,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks import language_model, nest, self_modifying
+from hope_jax.bench.command import Request, run
 from hope_jax.training.presets import preset
 from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
-from hope_kernels.delta_rule import bench as delta_rule_bench
-
-
-def run_delta_rule() -> list[Timing]:
-    return delta_rule_bench.run(["layer"], ["xla"], repeats=5)
 
 
 def run_nest() -> list[Timing]:
@@ -46,24 +42,34 @@ def run_language_model() -> list[Timing]:
     return timings
 
 
+def run_kernels(folder: Path | None) -> None:
+    """What `hope bench kernels` does; it prints by itself."""
+    request = Request() if folder is None else Request(json=folder / "kernels.json", plot=folder / "kernels.png")
+    run(request, command="python -m benchmarks kernels")
+
+
+KERNELS = "kernels"
 RUNS = {
-    "delta_rule": run_delta_rule,
     "nest": run_nest,
     "self_modifying": run_self_modifying,
     "language_model": run_language_model,
 }
+NAMES = (KERNELS, *RUNS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=_Plain)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--json", type=Path, help="also write one file per benchmark into this folder")
     options = parser.parse_args()
-    unknown = set(options.names) - set(RUNS)
+    unknown = set(options.names) - set(NAMES)
     if unknown:
-        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     print(machine_line())
-    for name in options.names or RUNS:
+    for name in options.names or NAMES:
+        if name == KERNELS:
+            run_kernels(options.json)
+            continue
         timings = RUNS[name]()
         print(table(timings), end="\n\n", flush=True)
         if options.json:

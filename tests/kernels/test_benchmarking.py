@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 from hope_kernels.benchmarking import machine_line, table, time_side_by_side, write_json
-from hope_kernels.delta_rule import bench
 
 # Start and end of each timed call: two functions, three turns; medians 4 s and 2 s.
 READINGS = [0, 4, 10, 12, 20, 23, 30, 31, 40, 49, 50, 58]
@@ -38,12 +37,3 @@ def test_table_and_file(tmp_path):
 def test_an_unknown_base_is_refused():
     with pytest.raises(ValueError, match="base must be one of a; got 'b'"):
         time_side_by_side({"a": jnp.sin}, jnp.ones(3), case="case", base="b")
-
-
-def test_command_line(tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    bench.main(["--spec", "one_token", "--repeats", "1", "--json", str(path)])
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[0] == machine_line()
-    cases = [t["case"] for t in json.loads(path.read_text())["timings"]]
-    assert cases == ["one_token forward"] * 2 + ["one_token forward+gradients"] * 2

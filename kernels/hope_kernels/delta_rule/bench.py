@@ -1,66 +1,137 @@
-"""How fast the delta rule is: every implementation on the named shapes, forward and forward with gradients.
+"""The delta rule as the benchmark sees it: which shapes, which implementations, what a call is and what it costs.
 
-    python -m hope_kernels.delta_rule.bench [--spec layer ...] [--implementation xla ...] [--json FILE]
-
-The base of the ratios is the reference, the token loop.
+`hope bench kernels` measures it; `hope bench kernels --help` says how.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
+from hope_kernels.chips import CHIPS
+from hope_kernels.delta_rule import flash_linear_attention, straightforward
 from hope_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
-from hope_kernels.delta_rule.arg_specs import ARG_SPECS, make_arguments
+from hope_kernels.delta_rule.arg_specs import ARG_SPECS, ArgSpec, argument_shapes, make_arguments
+from hope_kernels.delta_rule.config import Config, tpu_sizes
+from hope_kernels.delta_rule.cost import TILE, cost, kernel_cost
+from hope_kernels.dispatch import explain
+from hope_kernels.measuring import Mode, Op, StaticRow
 
-BASE = "reference"
+# The chunked form as one would first write it; see the module of that name.
+STRAIGHTFORWARD = "straightforward"
+FOREIGN = "flash_linear_attention"
 
-
-def _forward(implementation: str, arguments: dict[str, Any]):
-    return delta_rule(**arguments, implementation=implementation)
-
-
-def _gradients(implementation: str, arguments: dict[str, Any]):
-    def loss(arguments):
-        out = delta_rule(**arguments, implementation=implementation)
-        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(out))
-
-    return jax.grad(loss)(arguments)
+type Case = tuple[dict[str, Any], list[Any]]  # the arrays by name, and a cotangent for each output
 
 
-MODES: dict[str, Callable] = {"forward": _forward, "forward+gradients": _gradients}
+def make_case(spec: ArgSpec) -> Case:
+    """Arguments and random cotangents."""
+    rng = np.random.default_rng(1)
+    outputs = _output_shapes(argument_shapes(spec))
+    return make_arguments(spec), [jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in outputs]
 
 
-def run(specs: Sequence[str], implementations: Sequence[str], repeats: int) -> list[Timing]:
-    """Timings of every implementation and mode on every named shape."""
-    timings = []
-    for spec in specs:
-        arguments = make_arguments(ARG_SPECS[spec])
-        for mode, function in MODES.items():
-            functions = {name: partial(function, name) for name in [BASE, *implementations]}
-            timings += time_side_by_side(functions, arguments, case=f"{spec} {mode}", base=BASE, repeats=repeats)
-    return timings
+def shapes(spec: ArgSpec) -> Case:
+    """`make_case` without the arrays."""
+    inputs = argument_shapes(spec)
+    return inputs, _output_shapes(inputs)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    others = [name for name in IMPLEMENTATIONS if name != BASE]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--spec", nargs="+", choices=list(ARG_SPECS), default=list(ARG_SPECS))
-    parser.add_argument("--implementation", nargs="+", choices=others, default=others)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", help="also write machine and timings to this file")
-    options = parser.parse_args(argv)
-    timings = run(options.spec, options.implementation, options.repeats)
-    print(machine_line())
-    print(table(timings))
-    if options.json:
-        write_json(options.json, timings)
+def _output_shapes(inputs: dict[str, Any]) -> list[Any]:
+    return jax.eval_shape(partial(outputs, "reference", None), inputs)
 
 
-if __name__ == "__main__":
-    main()
+def outputs(implementation: str | None, block_t: int | None, inputs: dict[str, Any]) -> list[jax.Array]:
+    """Reads, final state and, where there is one, final momentum."""
+    if implementation == STRAIGHTFORWARD:
+        return list(straightforward.chunked(**inputs, chunk=block_t or min(TILE, inputs["k"].shape[1])))
+    out = delta_rule(**inputs, implementation=implementation, config=Config(block_t=block_t))
+    return [x for x in out if x is not None]
+
+
+def forward(implementation: str | None, block_t: int | None, case: Case) -> list[jax.Array]:
+    """The outputs."""
+    return outputs(implementation, block_t, case[0])
+
+
+def with_gradients(implementation: str | None, block_t: int | None, case: Case) -> tuple[Any, Any]:
+    """The outputs, and the gradients of all floating-point arrays under the case's cotangents."""
+    inputs, cotangents = case
+    fixed = {name: x for name, x in inputs.items() if not jnp.issubdtype(x.dtype, jnp.floating)}
+    moving = {name: x for name, x in inputs.items() if name not in fixed}
+    out, pullback = jax.vjp(lambda moving: outputs(implementation, block_t, moving | fixed), moving)
+    return out, pullback(cotangents)[0]
+
+
+def function(implementation: str | None, mode: Mode, block_t: int | None) -> Any:
+    """What is timed, as a function of a case."""
+    return partial(forward if mode == "forward" else with_gradients, implementation, block_t)
+
+
+def reason(implementation: str, spec: ArgSpec) -> str | None:
+    """Why `implementation` cannot run `spec` on this machine, as one phrase, or None."""
+    if implementation == FOREIGN:
+        return flash_linear_attention.why_not(spec)
+    if implementation == STRAIGHTFORWARD:
+        return straightforward.why_not(spec)
+    try:
+        jax.eval_shape(function(implementation, "forward", None), shapes(spec))
+    except NotImplementedError as error:
+        return str(error).partition("cannot run: ")[2].partition("; there are: ")[0]
+    return None
+
+
+def chosen(spec: ArgSpec) -> str:
+    """What `implementation=None` takes on this machine."""
+    return explain(function(None, "forward", None), shapes(spec)).split("'")[1]
+
+
+def defaults(platform: str) -> tuple[str, ...]:
+    """The shapes measured where none is named."""
+    if platform == "cpu":
+        return ("short", "layer", "layer_momentum", "layer_bfloat16", "chunk_of_16", "one_token")
+    large = tuple(name for name, spec in ARG_SPECS.items() if name.startswith("b") and spec.dtype == "bfloat16")
+    return (*large, *(name for name in ARG_SPECS if name.startswith("hope_")))
+
+
+def resize(spec: ArgSpec, tokens: int | None, width: int | None) -> ArgSpec:
+    """`spec` with other lengths, or with keys and values of another width."""
+    spec = spec if tokens is None else spec._replace(tokens=tokens)
+    return spec if width is None else spec._replace(key_width=width, value_width=width)
+
+
+def static(topology: str) -> list[StaticRow]:
+    """The TPU kernels on the shape of their budget, read from the compiler's schedule; minutes of compiling."""
+    from hope_kernels.delta_rule.pallas_tpu import budget
+
+    chip = CHIPS[topology.split(":")[0]]
+    tile = tpu_sizes(budget.TOPOLOGIES[topology], budget.TOKENS, Config()).block_t
+    spec = ArgSpec(1, budget.TOKENS, budget.HEADS, budget.WIDTH, budget.WIDTH, dtype="bfloat16")
+    bounds = {}
+    for kernel in budget.KERNELS:
+        least = kernel_cost(spec, "gradients" if kernel.startswith("backward") else kernel, tile)
+        seconds = max(chip.compute_seconds(least.flops, least.dtype) or 0.0, chip.memory_seconds(least.bytes))
+        bounds[kernel] = seconds / least.token_heads * 1e9
+    return [
+        StaticRow(kernel, row["bundles"], row["spills"], row["nanoseconds"], bounds[kernel])
+        for kernel, row in budget.measure(topology).items()
+    ]
+
+
+OP = Op(
+    name="delta_rule",
+    specs=ARG_SPECS,
+    defaults=defaults,
+    implementations=(*IMPLEMENTATIONS, STRAIGHTFORWARD, FOREIGN),
+    make_case=make_case,
+    shapes=shapes,
+    function=function,
+    reason=reason,
+    chosen=chosen,
+    cost=cost,
+    resize=resize,
+    foreign={FOREIGN: flash_linear_attention.measure},
+    static=static,
+)

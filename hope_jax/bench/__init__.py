@@ -1,0 +1,1 @@
+"""What `hope bench` prints and draws around the measurements of `hope_kernels.measuring`."""
