@@ -67,7 +67,7 @@ def run(request: Request, command: str = "hope bench kernels", console: Console 
         raise UserError(f"--repeats and --block-t are at least 1; got {request.repeats} and {request.block_t}")
     former = None if request.compare is None else read_run(request.compare)
     known_modes: dict[str, Mode] = {mode: mode for mode in MODES}
-    modes = [_find("mode", name, known_modes) for name in request.modes] or list(MODES)
+    modes: list[Mode] = [_find("mode", name, known_modes) for name in request.modes] or list(MODES)
     work = _plan(ops, request)
     chip = detect(sorted({w.op.specs[w.shape].dtype for w in work}))
     console.print(machine_line(), chip_line(chip), sep="\n", markup=False)
