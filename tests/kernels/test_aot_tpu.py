@@ -81,6 +81,7 @@ def test_a_policy_keeps_or_recomputes_the_residuals():
 
 def test_what_does_not_compile_says_so():
     inputs, *others = budget.arguments()
-    shapes = [inputs._replace(k=inputs.u.update(shape=(1, 512, 16, 96))), *others]
+    keys: Any = inputs.k
+    shapes = [inputs._replace(k=keys.update(shape=(1, 512, 16, 96))), *others]
     with pytest.raises(RuntimeError, match="does not compile"):
         report(Job("v6e:2x2", partial(budget.with_gradient, "default"), shapes, profile=False))

@@ -202,7 +202,8 @@ def test_what_is_kept_for_the_gradient():
     arguments = make_arguments(SPEC)
 
     def loss(arguments):
-        return delta_rule(**arguments, **HOW).y.sum()
+        out: Any = delta_rule(**arguments, **HOW)
+        return out.y.sum()
 
     forward, backward = "delta_rule_forward", "delta_rule_backward"
     assert kernels_of(loss, arguments) == [(forward, 2)]
@@ -215,11 +216,11 @@ def test_on_a_mesh():
     how: dict[str, Any] = {**HOW, "config": replace(CONFIG, heads=1)}
 
     def loss(arguments):
-        out = delta_rule_sharded(mesh=mesh, batch="data", heads="tensor", **arguments, **how)
+        out: Any = delta_rule_sharded(mesh=mesh, batch="data", heads="tensor", **arguments, **how)
         return jnp.sum(out.y**2) + jnp.sum(out.state**2)
 
     def whole(arguments):
-        out = delta_rule(**arguments, implementation="reference")
+        out: Any = delta_rule(**arguments, implementation="reference")
         return jnp.sum(out.y**2) + jnp.sum(out.state**2)
 
     found = compiled(jax.grad(loss))(arguments)
@@ -272,7 +273,7 @@ def test_float64_is_refused(x64):
 
 def plan_of(batch, heads, key_heads=None, tokens=4096, width=128, value_width=128, **config):
     key_heads = key_heads or heads
-    x = jax.ShapeDtypeStruct
+    x: Any = jax.ShapeDtypeStruct
     k = x((batch, tokens, key_heads, width), jnp.bfloat16)
     u = x((batch, tokens, heads, value_width), jnp.bfloat16)
     gate = x((batch, tokens, heads), jnp.float32)
@@ -304,7 +305,7 @@ def test_wide_values_get_fewer_heads():
 
 
 def test_short_calls_suit_another_implementation():
-    x = jax.ShapeDtypeStruct((1, 63, 1, 64), jnp.float32)
+    x: Any = jax.ShapeDtypeStruct((1, 63, 1, 64), jnp.float32)
     call: Any = Inputs(q=None, k=x, u=x, eta=None, log_alpha=None, log_mu=None, mask=None, reset=None)
     reason = choose.unsuited(call)
     assert reason is not None and "63" in reason

@@ -1,5 +1,7 @@
 """The delta rule on TPU: a fused forward kernel and a backward kernel; see the README of this folder."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,8 @@ def forward(
         x = x.reshape(batch, tokens, -1) if x.ndim == 4 else x
         return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
-    y, end = vjp.delta_rule(plan, jax.tree.map(lay_out, inputs), state.s)
+    result: Any = vjp.delta_rule(plan, jax.tree.map(lay_out, inputs), state.s)
+    y, end = result
     y = None if y is None else y[:, :tokens].reshape(batch, tokens, heads, width)
     return y, State(end, None)
 

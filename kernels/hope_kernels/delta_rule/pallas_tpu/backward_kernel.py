@@ -1,6 +1,7 @@
 """The backward kernel: the tiles of a cell from the last to the first, with the cotangent of the state in VMEM."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,13 +79,18 @@ def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Strea
     # The writes W once more, and their cotangent.
     d_w = product(k_end, d_state, "ck,kv", outside)
     kept_state = d_state if kept is None else kept * d_state
-    k_start = inverse = since_before = None
+    # What an absent term leaves out stays None, and is not used.
+    k_start: Any = None
+    inverse: Any = None
+    since_before = None
     if plan.erase:
         inverse = jnp.stack([refs["inverse"][s.row, 0, s.head] for s in streams])
         since_before = decay.since_start(plan, gates, shifted=True)
         k_start = decay.scaled(k, gates.eta, since_before)
         w = product(inverse, w - product(k_start, start, "tk,kv", outside), "ti,iv", inside)
-    q = dy = since = None
+    q: Any = None
+    dy: Any = None
+    since = None
     if plan.read:
         q = decay.load_heads(refs["q"], streams, plan.key_width, keys=True)
         dy = decay.load_heads(refs["dy"], streams, plan.value_width)
@@ -102,6 +108,9 @@ def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Strea
         rows.append(decay.scaled(q, since))
         cotangents.append(dy.astype(jnp.float32))
     d_start = kept_state
+    d_rows: Any = None
+    products: Any = None
+    products_T: Any = None
     if rows:
         both = jnp.concatenate(cotangents, axis=1)
         d_start += product(jnp.concatenate(rows, axis=1), both, "ck,cv", outside)
@@ -115,6 +124,7 @@ def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Strea
     d_k = d_k_end
     k32 = k.astype(jnp.float32)
     d_before = d_eta = d_total = None
+    d_row: Any = None
     if plan.erase:
         system = -decay.ratios(plan, gates, strict=True, shifted=True) * products[:, :tile]
         system_T = -decay.ratios_transposed(plan, gates, strict=True, shifted=True) * products_T[:, :, :tile]

@@ -39,8 +39,8 @@ def with_gradient(precision: str, inputs: Inputs, start: jax.Array, dy: jax.Arra
 
 def arguments(batch: int = 1, heads: int = HEADS, tokens: int = TOKENS) -> tuple[Inputs, Any, Any, Any]:
     """Shapes of inputs, initial state and the two cotangents."""
-    x = jax.ShapeDtypeStruct((batch, tokens, heads, WIDTH), jnp.bfloat16)
-    gate = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
+    x: Any = jax.ShapeDtypeStruct((batch, tokens, heads, WIDTH), jnp.bfloat16)
+    gate: Any = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, WIDTH, WIDTH), jnp.float32)
     inputs = Inputs(q=x, k=x, u=x, eta=gate, log_alpha=gate, log_mu=None, mask=None, reset=None)
     return inputs, state, x, state

@@ -1,6 +1,7 @@
 """The forward kernel: the grid walks over the tiles of a cell, the states stay in VMEM."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +75,12 @@ def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Strea
     shifted = plan.read == "before"
     asked = [] if q is None else [q]  # what the keys are multiplied with: themselves and the queries
     reads = [] if q is None else [decay.scaled(q, decay.since_start(plan, gates, shifted)).astype(q.dtype)]
-    inverse = None
     if plan.erase:
         asked.insert(0, k)
         since = decay.since_start(plan, gates, shifted=True)
         reads.insert(0, decay.scaled(k, gates.eta, since).astype(k.dtype))
-    products = product(jnp.concatenate(asked, axis=1), k, "tk,ik", plan.passes) if asked else None
-    recalled = product(jnp.concatenate(reads, axis=1), state, "tk,kv", plan.passes) if reads else None
+    products: Any = product(jnp.concatenate(asked, axis=1), k, "tk,ik", plan.passes) if asked else None
+    recalled: Any = product(jnp.concatenate(reads, axis=1), state, "tk,kv", plan.passes) if reads else None
     if plan.erase:
         ratio = decay.ratios(plan, gates, strict=True, shifted=True)
         inverse = unit_lower_inverse(gates.eta[:, :, :tile] * ratio * products[:, :tile], plan.inverse_passes)
