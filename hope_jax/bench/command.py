@@ -213,7 +213,7 @@ def _static(ops: Sequence[Op], request: Request, console: Console) -> None:
         raise UserError(f"{', '.join(op.name for op in ops)} has no kernel for TPUs yet")
     for op in able:
         assert op.static is not None
-        with console.status(f"compiling {op.name} for {request.static}, some minutes"):
+        with console.status(f"compiling {op.name} for {request.static}, a minute or more"):
             try:
                 rows = op.static(topology)
             except RuntimeError as error:

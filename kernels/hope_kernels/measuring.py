@@ -181,13 +181,15 @@ def sample_side_by_side(
     *,
     repeats: int,
     seconds: float = float("inf"),
+    settle: float = 0.05,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Sample]:
     """Compile each function and time it in turns, so that a busy machine disturbs all alike.
 
     On a GPU or TPU the time is the device's own, from a profiler trace of each timed call; where a trace shows no
-    work of a device, and on a CPU, it is the host's clock around the call and the wait for its results. A call that is
-    not timed precedes each that is: the function before left its own memory and caches behind.
+    work of a device, and on a CPU, it is the host's clock around the call and the wait for its results. Before each
+    timed call come others that are not, one or more, for `settle` seconds: the function before left its memory, its
+    caches and perhaps its threads behind.
     """
     programs, compile_seconds, memory = {}, {}, {}
     for name, function in functions.items():
@@ -199,7 +201,10 @@ def sample_side_by_side(
     how = "profiler" if all(device_seconds(partial(p, case)) for p in programs.values()) else "host"
 
     def timed(program: Callable[[Any], Any]) -> float:
+        arrived = time.perf_counter()
         jax.block_until_ready(program(case))
+        while time.perf_counter() - arrived < settle:
+            jax.block_until_ready(program(case))
         if how == "profiler":
             return device_seconds(partial(program, case)) or float("nan")
         start = clock()
