@@ -41,7 +41,13 @@ def linear_memory(key_width: int, value_width: int, init_scale: float = 0.0) -> 
     return Memory(init, apply)
 
 
-def mlp_memory(width: int, hidden: int, residual: bool = True, init_scale: float = 0.5) -> Memory:
+class MLPMemory(Memory):
+    """A memory that `hope_kernels.mlp_memory` knows how to write."""
+
+    residual: bool
+
+
+def mlp_memory(width: int, hidden: int, residual: bool = True, init_scale: float = 0.5) -> MLPMemory:
     """The two-layer memory y = x + gelu(x @ w2) @ w1, without biases.
 
     Args:
@@ -70,7 +76,9 @@ def mlp_memory(width: int, hidden: int, residual: bool = True, init_scale: float
         y = linear(jax.nn.gelu(linear(x, params["w2"])), params["w1"])
         return x + y if residual else y
 
-    return Memory(init, apply)
+    memory = MLPMemory(init, apply)
+    memory.residual = residual
+    return memory
 
 
 def deep_memory(widths: tuple[int, ...], residual: bool = False, init_scale: float = 1.0) -> Memory:

@@ -34,6 +34,7 @@ def nest(
     error: Callable | None = None,
     output: Callable | None = None,
     remat: bool = False,
+    whole: Callable | None = None,
 ) -> Nest:
     """Levels in time, fastest first.
 
@@ -47,6 +48,8 @@ def nest(
         output: `output(ys, reads) -> ys`, where reads[i] answers level i's query with running weights; needed
             only by error functions whose levels read "before" or "after".
         remat: recompute each fastest chunk in the backward pass instead of saving its intermediates.
+        whole: `whole(level_state, xs) -> (level_state, ys)`, any number of whole chunks at once in the place of a scan
+            over them, for a nest of one level; must give the same numbers.
 
     Returns:
         `Nest(params, init, apply)`, all for one example (a batch is `jax.vmap`):
@@ -60,7 +63,7 @@ def nest(
 
     Raises:
         ValueError: no levels, chunk sizes that do not divide, a level without an objective and no error function,
-            leaves of unequal length, or weights for another number of levels.
+            `whole` with several levels, leaves of unequal length, or weights for another number of levels.
 
     Example:
         >>> import jax, optax
@@ -76,6 +79,8 @@ def nest(
     Reference: paper sections 3 and 7, (71); spec 6.2.
     """
     _check_levels(levels, error, output)
+    if whole is not None and len(levels) != 1:
+        raise ValueError(f"whole= is for a nest of one level; got {len(levels)}")
     sizes = tuple(l.chunk_size for l in levels)
     if error is None:
         error, output = local_error(levels), local_output
@@ -103,6 +108,10 @@ def nest(
         """
         if i < 0:
             return fast(*state, xs)
+        if whole is not None:
+            (only,), carry = state
+            only, ys = whole(only, xs)
+            return ((only,), carry), (ys, (None,))
         n = _length(xs) // sizes[i]
         chunks = jax.tree.map(lambda x: x.reshape(n, sizes[i], *x.shape[1:]), xs)
 

@@ -2,5 +2,15 @@
 
 from hope_kernels.delta_rule import Config, DeltaRuleOutput, delta_rule, delta_rule_sharded, delta_rule_step
 from hope_kernels.dispatch import explain
+from hope_kernels.mlp_memory import MLPMemoryOutput, mlp_memory
 
-__all__ = ["Config", "DeltaRuleOutput", "delta_rule", "delta_rule_sharded", "delta_rule_step", "explain"]
+__all__ = [
+    "Config",
+    "DeltaRuleOutput",
+    "MLPMemoryOutput",
+    "delta_rule",
+    "delta_rule_sharded",
+    "delta_rule_step",
+    "explain",
+    "mlp_memory",
+]

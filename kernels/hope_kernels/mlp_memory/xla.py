@@ -1,0 +1,57 @@
+"""The chunked form in plain jax, for every platform: all tokens of a chunk at once, chunks one after another."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from hope_kernels.mlp_memory.chunk import chunk
+from hope_kernels.mlp_memory.types import Inputs, Options, State, Weights
+from hope_kernels.mlp_memory.vjp import walk
+
+
+def forward(
+    options: Options, chunk_size: int, group: int | None, inputs: Inputs, state: State
+) -> tuple[jax.Array | None, State]:
+    """All tokens; what is missing to whole chunks and whole groups is filled up with tokens that do nothing."""
+    tokens = inputs.k.shape[1]
+    chunks = -(-tokens // chunk_size)
+    group = default_group(chunks) if group is None else min(group, chunks)
+    padded = -(-chunks // group) * group * chunk_size
+    if inputs.log_mu is not None and inputs.mask is None and padded > tokens:
+        inputs = inputs._replace(mask=jnp.ones_like(inputs.log_mu))
+    split = jax.tree.map(lambda x: _chunks(x, chunk_size, padded), inputs)
+    out: tuple[jax.Array | None, State] = walk(jax.vmap(partial(_step, options)), group, split, state)
+    y, end = out
+    if y is not None:
+        y = jnp.moveaxis(y, (0, 1, 2, 3), (1, 0, 3, 2))  # [N, B, H, C, K] -> [B, N, C, H, K]
+        y = y.reshape(y.shape[0], padded, *y.shape[3:])[:, :tokens]
+    return y, end
+
+
+def default_group(chunks: int) -> int:
+    """Chunks between two states that are kept: about the square root, the fewest states at a time."""
+    return -(-chunks // math.ceil(math.sqrt(chunks)))
+
+
+def _step(options: Options, inputs: Inputs, state: State) -> tuple[jax.Array | None, State]:
+    """A whole chunk of one example: one box per head."""
+    state = _with_w1(state, lambda w1: w1[None])
+    y_PHCK, end = chunk(options, inputs, state.weights, state)
+    return None if y_PHCK is None else y_PHCK[0], _with_w1(end, lambda w1: w1[0])
+
+
+def _with_w1(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
+    def changed(weights: Weights) -> Weights:
+        return Weights(change(weights.w1), weights.w2)
+
+    return State(changed(state.weights), None if state.momentum is None else changed(state.momentum))
+
+
+def _chunks(x: jax.Array, chunk_size: int, padded: int) -> jax.Array:
+    """[B, T, H, ...] -> [N, B, H, C, ...], zeros after the last token."""
+    x = jnp.pad(x, [(0, 0), (0, padded - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
+    return jnp.moveaxis(x, (0, 1, 2, 3), (1, 0, 3, 2))
