@@ -1,6 +1,10 @@
 """The TPU kernels compile for real chips, and their schedules stay within the committed budget. Needs libtpu only."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from hope_kernels.aot import Job, report, reports
 from hope_kernels.delta_rule.pallas_tpu import budget
+from tests.kernels import aot_calls
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.aot
@@ -25,6 +30,16 @@ def test_schedule_is_within_the_budget(topology):
     for kernel, found in budget.measure(topology).items():
         for name in ("bundles", "spills"):
             assert found[name] <= 1.1 * allowed[kernel][name], (kernel, name, found, allowed[kernel])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", budget.TOPOLOGIES)
+def test_every_kind_of_call_compiles(topology):
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    program = [sys.executable, str(Path(aot_calls.__file__)), topology]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{name}: compiled" for name in aot_calls.CALLS]
 
 
 def sharded(mesh: Any, inputs: Any, *states: jax.Array) -> Any:
