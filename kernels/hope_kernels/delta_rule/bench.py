@@ -103,7 +103,7 @@ def resize(spec: ArgSpec, tokens: int | None, width: int | None) -> ArgSpec:
 
 
 def static(topology: str) -> list[StaticRow]:
-    """The TPU kernels on the shape of their budget, read from the compiler's schedule; compiles for a minute or more."""
+    """The TPU kernels on the shape of their budget, read from the schedule of the compiler; takes a minute or more."""
     from hope_kernels.delta_rule.pallas_tpu import budget
 
     chip = CHIPS[topology.split(":")[0]]
