@@ -2,14 +2,18 @@
 
 kernels         hope bench kernels: the delta rule against a straightforward chunked form (with --json also a picture)
 nest            three levels in a nest, against a token scan with lax.cond and against optax.MultiSteps
+titans          the MLP memory of Titans as one operation and in the nest, forward+backward
 self_modifying  one self-modifying Titans layer, tokens per second
 language_model  a training step of Hope against a Transformer with as many parameters; memory by length
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from benchmarks import language_model, nest, self_modifying
+import jax
+
+from benchmarks import language_model, nest, self_modifying, titans
 from hope_jax.bench.command import Request, run
 from hope_jax.training.presets import preset
 from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
@@ -19,6 +23,14 @@ def run_nest() -> list[Timing]:
     programs, params = nest.cases()
     base = "token scan, lax.cond"
     return time_side_by_side(programs, params, case="nest 4/16/64, 4096 tokens", base=base, repeats=5)
+
+
+def run_titans() -> list[Timing]:
+    functions, args = titans.cases()
+    for name, f in functions.items():
+        program: Any = jax.jit(f).lower(args).compile()
+        print(f"titans {name}: {program.memory_analysis().temp_size_in_bytes / 2**20:.1f} MiB of temporaries")
+    return time_side_by_side(functions, args, case="titans, 512 tokens", base="nest", repeats=9)
 
 
 def run_self_modifying() -> list[Timing]:
@@ -51,6 +63,7 @@ def run_kernels(folder: Path | None) -> None:
 KERNELS = "kernels"
 RUNS = {
     "nest": run_nest,
+    "titans": run_titans,
     "self_modifying": run_self_modifying,
     "language_model": run_language_model,
 }

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["hope_kernels.delta_rule.api"])
+@pytest.mark.parametrize("name", ["hope_kernels.delta_rule.api", "hope_kernels.mlp_memory.api"])
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0

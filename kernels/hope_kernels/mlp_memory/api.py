@@ -97,12 +97,11 @@ def mlp_memory(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> x = jnp.eye(2)[None, :, None, :]  # two orthogonal keys
-        >>> eta = jnp.full((1, 2, 1), 0.5)
+        >>> k = jnp.eye(2)[None, :, None, :]  # two orthogonal keys
         >>> w1, w2 = jnp.zeros((1, 1, 3, 2)), jnp.ones((1, 1, 2, 3))
-        >>> out = mlp_memory(x, x, 3 * x, eta, w1, w2, chunk_size=1, read="after", decay=False, exact=False)
-        >>> out.y[0, :, 0].round(2).tolist()
-        [[3.119999885559082, 0.0], [2.119999885559082, 3.119999885559082]]
+        >>> out = mlp_memory(k, k, 3 * k, jnp.full((1, 2, 1), 0.1), w1, w2, chunk_size=1, read="after")
+        >>> (out.y > k)[0, :, 0].tolist()  # closer to 3 k than k itself, the answer before the writes
+        [[True, False], [True, True]]
 
     Reference: spec 2.3, (S7.4)-(S7.7), 7.8; Nested Learning, arXiv:2512.24695, (88), (89); Titans, arXiv:2501.00663,
     T-8 to T-14.

@@ -1,7 +1,7 @@
 """What goes into an implementation of the MLP memory and what comes out.
 
-Shape letters: B batch, T time, C tokens in a chunk, N chunks, H heads, P boxes of a head, K key and value width,
-F hidden width.
+Shape letters: B batch, T time, C tokens in a chunk, N chunks, H heads, K key and value width, F hidden
+width.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -10,10 +10,10 @@ import jax
 
 
 class Weights(NamedTuple):
-    """A two-layer memory per head. Inside `chunk` it is P of them per head, side by side: they share their input."""
+    """A two-layer memory per head."""
 
-    w1: Any  # [B, H, F, K] hidden to output; in `chunk` [P, H, F, K]
-    w2: Any  # [B, H, K, F] input to hidden; in `chunk` [H, K, P F]
+    w1: Any  # [B, H, F, K]  hidden to output
+    w2: Any  # [B, H, K, F]  input to hidden
 
 
 class State(NamedTuple):

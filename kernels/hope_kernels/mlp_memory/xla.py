@@ -1,14 +1,13 @@
 """The chunked form in plain jax, for every platform: all tokens of a chunk at once, chunks one after another."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from hope_kernels.mlp_memory.chunk import chunk
-from hope_kernels.mlp_memory.types import Inputs, Options, State, Weights
+from hope_kernels.mlp_memory.types import Inputs, Options, State
 from hope_kernels.mlp_memory.vjp import walk
 
 
@@ -23,7 +22,7 @@ def forward(
     if inputs.log_mu is not None and inputs.mask is None and padded > tokens:
         inputs = inputs._replace(mask=jnp.ones_like(inputs.log_mu))
     split = jax.tree.map(lambda x: _chunks(x, chunk_size, padded), inputs)
-    out: tuple[jax.Array | None, State] = walk(jax.vmap(partial(_step, options)), group, split, state)
+    out: tuple[jax.Array | None, State] = walk(jax.vmap(partial(chunk, options)), group, split, state)
     y, end = out
     if y is not None:
         y = jnp.moveaxis(y, (0, 1, 2, 3), (1, 0, 3, 2))  # [N, B, H, C, K] -> [B, N, C, H, K]
@@ -34,20 +33,6 @@ def forward(
 def default_group(chunks: int) -> int:
     """Chunks between two states that are kept: about the square root, the fewest states at a time."""
     return -(-chunks // math.ceil(math.sqrt(chunks)))
-
-
-def _step(options: Options, inputs: Inputs, state: State) -> tuple[jax.Array | None, State]:
-    """A whole chunk of one example: one box per head."""
-    state = _with_w1(state, lambda w1: w1[None])
-    y_PHCK, end = chunk(options, inputs, state.weights, state)
-    return None if y_PHCK is None else y_PHCK[0], _with_w1(end, lambda w1: w1[0])
-
-
-def _with_w1(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
-    def changed(weights: Weights) -> Weights:
-        return Weights(change(weights.w1), weights.w2)
-
-    return State(changed(state.weights), None if state.momentum is None else changed(state.momentum))
 
 
 def _chunks(x: jax.Array, chunk_size: int, padded: int) -> jax.Array:
