@@ -31,8 +31,10 @@ def forward(
 
 
 def default_group(chunks: int) -> int:
-    """Chunks between two states that are kept: about the square root, the fewest states at a time."""
-    return -(-chunks // math.ceil(math.sqrt(chunks)))
+    """Chunks between two states that are kept: near the square root, which holds the fewest, and a divisor if any."""
+    root = math.isqrt(chunks)
+    near = range(max(root // 2, 1), 2 * root + 1)
+    return min(near, key=lambda group: (-chunks % group, chunks // group + group))
 
 
 def _chunks(x: jax.Array, chunk_size: int, padded: int) -> jax.Array:
