@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -125,18 +125,13 @@ def _remedy(op: Op, name: str) -> str:
     return ""
 
 
-def _measure(work: Work, mode: Mode, chip: Chip | None, request: Request, console: Console) -> list[Measurement]:
+def _measure(
+    work: Work, mode: Mode, chip: Chip | None, request: Request, console: Console, **changes: Any
+) -> list[Measurement]:
+    options = {"block_t": request.block_t, "repeats": request.repeats, **changes}
     with console.status(f"{work.op.name} {work.shape} {mode}"):
         try:
-            return measure(
-                work.op,
-                work.shape,
-                mode,
-                work.implementations,
-                chip,
-                block_t=request.block_t,
-                repeats=request.repeats,
-            )
+            return measure(work.op, work.shape, mode, work.implementations, chip, **options)
         except (ValueError, NotImplementedError) as error:  # a tile that does not fit, say
             raise UserError(f"{work.op.name} {work.shape}: {one_line(error)}") from error
 
@@ -167,24 +162,19 @@ def _plot(work: Work, mode: Mode, result: Run, request: Request, console: Consol
     trials = {
         "T": [(tokens, op.resize(spec, tokens, None), request.block_t) for tokens in dict.fromkeys(lengths)],
         "K = V": [(width, op.resize(spec, None, width), request.block_t) for width in WIDTHS],
-        "tokens per tile": [(tile, spec, tile) for tile in TILES if tile <= spec.tokens],
+        "tokens per tile": [(tile, spec, tile) for tile in TILES if spec.tokens % tile == 0],
     }
+    trials["tokens per tile"] = trials["tokens per tile"] or [(spec.tokens, spec, None)]
     sweeps: dict[str, list[tuple[int, Measurement]]] = {}
     for label, points in trials.items():
         sweeps[label] = []
         for value, changed, block_t in points:
             able = tuple(n for n in work.implementations if op.reason(n, changed) is None)
-            with console.status(f"{work.shape}, {label} = {value}"):
-                rows = measure(
-                    op,
-                    f"{work.shape}, {label} = {value}",
-                    mode,
-                    able,
-                    result.chip,
-                    spec=changed,
-                    block_t=block_t,
-                    repeats=min(request.repeats, 9),
-                )
+            if not able:
+                continue
+            trial = Work(op, f"{work.shape}, {label} = {value}", able)
+            repeats = min(request.repeats, 9)
+            rows = _measure(trial, mode, result.chip, request, console, spec=changed, block_t=block_t, repeats=repeats)
             sweeps[label] += [(value, row) for row in rows]
     try:
         plots.save(request.plot, sweeps, result.measurements, result.chip)

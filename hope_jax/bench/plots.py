@@ -32,6 +32,9 @@ def save(path: Path, sweeps: Sweeps, rows: Sequence[Measurement], chip: Chip | N
 
 
 def _sweep(axes: Any, label: str, points: Sequence[tuple[int, Measurement]]) -> None:
+    axes.set_xlabel(label)
+    if not points:
+        return
     names = dict.fromkeys(row.implementation for _, row in points)
     for colour, name in enumerate(names):
         mine = [(value, row) for value, row in points if row.implementation == name]
@@ -41,8 +44,7 @@ def _sweep(axes: Any, label: str, points: Sequence[tuple[int, Measurement]]) -> 
     axes.set_yscale("log")
     ticks = sorted({value for value, _ in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    mode = points[0][1].mode if points else ""
-    axes.set(xlabel=label, ylabel=f"ms, {mode}")
+    axes.set_ylabel(f"ms, {points[0][1].mode}")
     axes.grid(alpha=0.3)
     axes.legend()
 
