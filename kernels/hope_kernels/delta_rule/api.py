@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hope_kernels.delta_rule import pallas_tpu, reference, xla
+from hope_kernels.delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from hope_kernels.delta_rule.config import Config
 from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import (
@@ -19,6 +19,7 @@ from hope_kernels.dispatch import Implementation, dispatch
 
 IMPLEMENTATIONS = {  # the preferred one first
     "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.cannot_run, pallas_tpu.unsuited),
+    "pallas_gpu": Implementation(pallas_gpu.forward, pallas_gpu.cannot_run, pallas_gpu.unsuited),
     "xla": Implementation(xla.forward),
     "reference": Implementation(reference.forward),
 }

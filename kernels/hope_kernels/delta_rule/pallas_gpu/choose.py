@@ -1,0 +1,78 @@
+"""From a call to its plan: what the kernels cannot do, and how the columns of V are divided."""
+
+import importlib.util
+from typing import Any
+
+import jax.numpy as jnp
+
+from hope_kernels.delta_rule.config import Config
+from hope_kernels.delta_rule.pallas_gpu.plan import Plan
+from hope_kernels.delta_rule.types import Inputs
+from hope_kernels.dispatch import target_device
+
+TILE = 64
+WIDTHS = (64, 128, 256)
+FEWEST_TOKENS = 64
+PROCESSORS = 132  # of an H100 or H200
+
+
+def cannot_run(inputs: Inputs, config: Config, precision: str) -> str | None:
+    """Why the kernels do not do this call, as one phrase."""
+    k, u = inputs.k, inputs.u
+    if inputs.log_mu is not None:
+        return "it has no momentum (log_mu); use implementation='xla'"
+    if k.dtype != jnp.bfloat16:
+        return f"it takes bfloat16 inputs, not {k.dtype}, its products would be too coarse; use implementation='xla'"
+    if precision == "high":
+        return "it has no float32 inverse (precision='high'); use implementation='xla'"
+    for name, width in (("key", k.shape[3]), ("value", u.shape[3])):
+        if width not in WIDTHS:
+            return f"its {name} widths are {WIDTHS}, not {width}; use implementation='xla'"
+    if config.block_t not in (None, TILE):
+        return f"its tiles have {TILE} tokens, not block_t={config.block_t}"
+    if config.parts not in (None, 1):
+        return f"it does not cut a sequence into parts (parts={config.parts})"
+    if importlib.util.find_spec("absl") is None:
+        return "jax's Mosaic GPU needs the package absl-py"
+    if config.interpret is None:
+        return _wrong_machine(target_device())
+    return None
+
+
+def unsuited(inputs: Inputs) -> str | None:
+    """Why another implementation is the better choice."""
+    tokens = inputs.k.shape[1]
+    if tokens < FEWEST_TOKENS:
+        return f"its tile would mostly be padding with fewer than {FEWEST_TOKENS} tokens; there are {tokens}"
+    return "it has only been simulated and compiled, never run on a GPU"
+
+
+def plan_call(inputs: Inputs, read: str, config: Config, precision: str) -> Plan:
+    """The plan of a call that can run."""
+    batch, _, heads, value_width = inputs.u.shape
+    wide = inputs.k.shape[3] <= 128 and value_width % 128 == 0 and batch * heads * value_width // 128 >= PROCESSORS
+    return Plan(
+        heads=heads,
+        before=read == "before",
+        erase=inputs.eta is not None,
+        decay=inputs.log_alpha is not None,
+        reset=inputs.reset is not None,
+        split=precision != "fast",
+        columns=128 if wide else 64,
+        interpret=_simulator() if config.interpret is True else config.interpret,
+    )
+
+
+def _wrong_machine(device: Any) -> str | None:
+    if device.platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and this is {device.platform} (Config(interpret=True) simulates one)"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.startswith("9."):
+        return f"it is written for compute capability 9 (H100, H200), and this is {capability}"
+    return None
+
+
+def _simulator() -> Any:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()
