@@ -102,14 +102,13 @@ def _read(path: Path) -> Figures:
     stack, stores, loads = map(
         int, re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)[0]
     )
-    shared = re.search(r"smem_bytes\D*(\d+)|shared\D*(\d+)", resources)
     return Figures(
         registers=int(re.findall(r"Used (\d+) registers", text)[0]),
         spilled_bytes=stores + loads,
         stack_bytes=stack,
         wgmma=code.count("wgmma.mma_async"),
         copies=code.count("cp.async.bulk.tensor"),
-        shared_bytes=int(next(filter(None, shared.groups()))) if shared else 0,
+        shared_bytes=int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]),
     )
 
 

@@ -188,7 +188,7 @@ def test_policies_choose_what_is_kept(monkeypatch):
     assert (saved, recomputed) == (4, 6)
 
 
-def refusal(config=SIMULATED, precision="default", **changes):
+def refusal(config=SIMULATED, precision: Any = "default", **changes):
     arguments = jax.eval_shape(lambda: make_arguments(SPEC._replace(**changes)))
     with pytest.raises(NotImplementedError) as error:
         jax.eval_shape(lambda a: delta_rule(**a, **how(config), precision=precision), arguments)

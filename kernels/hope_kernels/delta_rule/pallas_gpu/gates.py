@@ -2,8 +2,8 @@
 
 Row by row: the logs of the decay since the start of the tile, up to and including the token and up to the token
 before; how many documents began in the tile up to the token; eta; and, zero where a document began in between, the
-decays from the start of the tile to the token before, to the read of the token, from the token to the end of the
-tile, and of the whole tile.
+decays from the start of the tile to the token before, the same times eta, to the read of the token, from the token to
+the end of the tile, and of the whole tile.
 """
 
 import jax
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 
 from hope_kernels.delta_rule.pallas_gpu.warpgroup import TILE
 
-INCLUSIVE, EXCLUSIVE, DOCUMENT, ETA, BEFORE, READ, CARRY, WHOLE = range(8)
+INCLUSIVE, EXCLUSIVE, DOCUMENT, ETA, BEFORE, ERASE, READ, CARRY, WHOLE = ROWS = range(9)
 
 
 def gate_rows(
     eta: jax.Array | None,
     log_alpha: jax.Array | None,
     reset: jax.Array | None,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     *,
     before: bool,
 ) -> jax.Array:
-    """eta, log_alpha [B, T, H], reset [B, T] -> [B, H, N, 8, C] for shape (B, T, H), T a multiple of C."""
+    """eta, log_alpha [B, T, H], reset [B, T] -> [B, H, N, 9, C] for shape (B, T, H), T a multiple of C."""
     batch, tokens, heads = shape
 
     def tiled(x_BTH: jax.Array | None, fill: float) -> jax.Array:
@@ -44,6 +44,7 @@ def gate_rows(
         document,
         eta_BHNC,
         before_token,
+        eta_BHNC * before_token,
         before_token if before else jnp.where(first, jnp.exp(inclusive), 0),
         jnp.where(last, jnp.exp(whole - inclusive), 0),
         jnp.broadcast_to(jnp.where(first[..., -1:], jnp.exp(whole), 0), log_BHNC.shape),

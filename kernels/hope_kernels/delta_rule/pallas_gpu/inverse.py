@@ -42,7 +42,7 @@ def tile_products(
     before: bool,
     interpret: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """bfloat16 q, k [B, T, Hk, K] and `gates` [B, H, N, 8, C] -> inverse and scores, bfloat16 [B, H, N, C, C]."""
+    """bfloat16 q, k [B, T, Hk, K] and `gates` [B, H, N, 9, C] -> inverse and scores, bfloat16 [B, H, N, C, C]."""
     batch, tokens, key_heads, width = k.shape
     tiles = tokens // TILE
     names = [*(["inverse"] if erase else []), *(["scores"] if q is not None else [])]

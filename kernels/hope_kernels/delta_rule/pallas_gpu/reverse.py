@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hope_kernels.delta_rule.pallas_gpu.gates import BEFORE, CARRY, ETA, READ, WHOLE
+from hope_kernels.delta_rule.pallas_gpu.gates import CARRY, ERASE, READ, ROWS, WHOLE
 from hope_kernels.delta_rule.pallas_gpu.warpgroup import (
     COLUMNS,
     TILE,
@@ -46,7 +46,7 @@ def reverse_scan(
     columns: int,
     interpret: Any,
 ) -> Reverse:
-    """bfloat16 q, k [B, T, Hk, K], dy [B, T, H, V], `gates` [B, H, N, 8, C], d_end [B, H, K, V]."""
+    """bfloat16 q, k [B, T, Hk, K], dy [B, T, H, V], `gates` [B, H, N, 9, C], d_end [B, H, K, V]."""
     batch, heads, key_width, value_width = d_end.shape
     tokens, key_heads = k.shape[1:3]
     tiles = tokens // TILE
@@ -64,7 +64,7 @@ def reverse_scan(
     }
     buffers = {
         "k": tile_memory(stages, TILE, key_width),
-        "gates": plgpu.SMEM((stages, 8 - ETA, TILE), f32),
+        "gates": plgpu.SMEM((stages, len(ROWS) - ERASE, TILE), f32),
         "q": tile_memory(stages, TILE, key_width),
         "scores": tile_memory(stages, TILE, TILE),
         "dy": tile_memory(stages, workers, TILE, COLUMNS),
@@ -95,7 +95,9 @@ def reverse_scan(
             for name in ("scores", "inverse"):
                 if name in buffers:
                     plgpu.copy_gmem_to_smem(gmem[name].at[b, h, n], smem[name].at[slot], ready)
-            plgpu.copy_gmem_to_smem(gmem["gates"].at[b, h, n, pl.ds(ETA, 8 - ETA)], smem["gates"].at[slot], ready)
+            plgpu.copy_gmem_to_smem(
+                gmem["gates"].at[b, h, n, pl.ds(ERASE, len(ROWS) - ERASE)], smem["gates"].at[slot], ready
+            )
             for part in range(workers if dy is not None else 0):
                 wanted = pl.ds(v * columns + part * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(gmem["dy"].at[b, tokens_n, h, wanted], smem["dy"].at[slot, part], ready)
@@ -123,8 +125,8 @@ def reverse_scan(
                 tile = {name: smem[name].at[slot] for name in buffers}
                 plgpu.barrier_wait(smem["ready"].at[slot])
                 plgpu.copy_smem_to_gmem(s, gmem["d_ends"].at[b, h, n, :, mine])
-                gates_C = {index: column_gate(tile["gates"].at[index - ETA]) for index in range(ETA, WHOLE)}
-                whole = smem["gates"][slot, WHOLE - ETA, 0]
+                gates_C = {index: column_gate(tile["gates"].at[index - ERASE]) for index in range(ERASE, WHOLE)}
+                whole = smem["gates"][slot, WHOLE - ERASE, 0]
 
                 (dw_CV,) = products(((TILE, COLUMNS), [(tile["k"], s)]), interpret=interpret)
                 if decay:
@@ -140,7 +142,7 @@ def reverse_scan(
                     x[...] = dw_CV.astype(bf16)
                     plgpu.commit_smem()
                     (du_CV,) = products(((TILE, COLUMNS), [(transposed(tile["inverse"]), x)]), interpret=interpret)
-                    x[...] = (-column(gates_C[ETA] * gates_C[BEFORE], COLUMNS) * du_CV).astype(bf16)
+                    x[...] = (-column(gates_C[ERASE], COLUMNS) * du_CV).astype(bf16)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 du[...] = du_CV.astype(bf16)
                 plgpu.commit_smem()

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hope_kernels.delta_rule.pallas_gpu.gates import BEFORE, CARRY, ETA, READ, WHOLE
+from hope_kernels.delta_rule.pallas_gpu.gates import CARRY, ERASE, READ, ROWS, WHOLE
 from hope_kernels.delta_rule.pallas_gpu.warpgroup import (
     COLUMNS,
     TILE,
@@ -51,7 +51,7 @@ def scan(
     columns: int,
     interpret: Any,
 ) -> Scan:
-    """bfloat16 q, k [B, T, Hk, K], u [B, T, H, V], `gates` [B, H, N, 8, C], state [B, H, K, V]; T a multiple of C.
+    """bfloat16 q, k [B, T, Hk, K], u [B, T, H, V], `gates` [B, H, N, 9, C], state [B, H, K, V]; T a multiple of C.
 
     `columns` of V are done by one block, in warpgroups of 64.
     """
@@ -76,7 +76,7 @@ def scan(
     buffers = {
         "k": tile_memory(stages, TILE, key_width),
         "u": tile_memory(stages, workers, TILE, COLUMNS),
-        "gates": plgpu.SMEM((stages, 8 - ETA, TILE), f32),
+        "gates": plgpu.SMEM((stages, len(ROWS) - ERASE, TILE), f32),
         "q": tile_memory(stages, TILE, key_width),
         "scores": tile_memory(stages, TILE, TILE),
         "inverse": tile_memory(stages, TILE, TILE),
@@ -104,7 +104,9 @@ def scan(
             for name in ("scores", "inverse"):
                 if name in buffers:
                     plgpu.copy_gmem_to_smem(gmem[name].at[b, h, n], smem[name].at[slot], ready)
-            plgpu.copy_gmem_to_smem(gmem["gates"].at[b, h, n, pl.ds(ETA, 8 - ETA)], smem["gates"].at[slot], ready)
+            plgpu.copy_gmem_to_smem(
+                gmem["gates"].at[b, h, n, pl.ds(ERASE, len(ROWS) - ERASE)], smem["gates"].at[slot], ready
+            )
             for part in range(workers):
                 wanted = pl.ds(v * columns + part * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(gmem["u"].at[b, tokens_n, h, wanted], smem["u"].at[slot, part], ready)
@@ -136,7 +138,7 @@ def scan(
                 if residuals:
                     plgpu.copy_smem_to_gmem(s, gmem["starts"].at[b, h, n, :, mine])
 
-                gates_C = {index: column_gate(tile["gates"].at[index - ETA]) for index in range(ETA, WHOLE)}
+                gates_C = {index: column_gate(tile["gates"].at[index - ERASE]) for index in range(ERASE, WHOLE)}
 
                 w_ref = u_n
                 wanted = [name for name, use in (("q", q), ("k", inverse)) if use is not None]
@@ -149,7 +151,7 @@ def scan(
                     read = dict(zip(from_state, values, strict=True))
                 w_CV = plgpu.load(u_n, layout=plgpu.Layout.WGMMA).astype(f32)
                 if inverse is not None:
-                    x[...] = (w_CV - column(gates_C[ETA] * gates_C[BEFORE], COLUMNS) * read["k"]).astype(bf16)
+                    x[...] = (w_CV - column(gates_C[ERASE], COLUMNS) * read["k"]).astype(bf16)
                     plgpu.commit_smem()
                     (w_CV,) = products(((TILE, COLUMNS), [(tile["inverse"], x)]), interpret=interpret)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -157,7 +159,7 @@ def scan(
                     w_ref = w
                 if decay:
                     x[...] = (column(gates_C[CARRY], COLUMNS) * w_CV).astype(bf16)
-                    s_KV = s_KV * smem["gates"][slot, WHOLE - ETA, 0]
+                    s_KV = s_KV * smem["gates"][slot, WHOLE - ERASE, 0]
                 plgpu.commit_smem()
                 if "w" in outputs:
                     plgpu.copy_smem_to_gmem(w, gmem["w"].at[b, tokens_n, h, mine])

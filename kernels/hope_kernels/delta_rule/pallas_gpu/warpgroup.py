@@ -1,8 +1,8 @@
 """What every kernel here is made of: tensor-core products of shared-memory tiles, and the launch.
 
 Products are `wgmma`: bfloat16 operands in shared memory, float32 accumulators in the registers of one warpgroup
-(128 threads). Two forms differ between the compiler and jax's interpreter of Mosaic GPU, and both live here: an
-accumulator that starts from a value, and nothing else.
+(128 threads). One form differs between the compiler and jax's interpreter of Mosaic GPU, which has no
+accumulators that start from a value; the difference lives in `products`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ _HIDDEN = -1e30  # exp of it is 0
 def tile_memory(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     """Shared memory in the swizzled layout that TMA writes and wgmma reads; the last axis a multiple of 64."""
     columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    transforms: Any = (plgpu.TilingTransform, plgpu.SwizzleTransform)
+    return plgpu.SMEM(shape, dtype, transforms=(transforms[0]((8, columns)), transforms[1](_SWIZZLE_BYTES)))
 
 
 def products(*terms: tuple[Any, Sequence[tuple[Any, Any]]], interpret: Any) -> list[jax.Array]:
@@ -43,10 +43,11 @@ def products(*terms: tuple[Any, Sequence[tuple[Any, Any]]], interpret: Any) -> l
 
     shapes = [start if isinstance(start, tuple) else start.shape for start, _ in terms]
     if interpret or all(isinstance(start, tuple) for start, _ in terms):
-        results = pl.run_scoped(fresh, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+        results = pl.run_scoped(fresh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])
         return [x if isinstance(start, tuple) else start + x for (start, _), x in zip(terms, results, strict=True)]
     starts = [zeros(start) if isinstance(start, tuple) else start for start, _ in terms]
-    return list(pl.run_state(lambda refs: issue(*refs))([plgpu.ACC.init(start) for start in starts]))
+    run: Any = pl.run_state(lambda refs: issue(*refs))
+    return list(run([plgpu.WGMMAAccumulatorRef.init(start) for start in starts]))
 
 
 def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
@@ -111,7 +112,11 @@ def launch(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=512,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         interpret=interpret,
         **threads,
     )
