@@ -85,6 +85,7 @@ def reverse_scan(
         v, h, b = (lax.axis_index(axis) for axis in ("slice", "head", "batch"))
         key_head = lax.div(h, jnp.int32(heads // key_heads))
         worker = lax.axis_index("wg")
+        scan_rows = pl.ds(ERASE, len(ROWS) - ERASE)
 
         def fetch(step, slot):
             n, ready = tiles - 1 - step, smem["ready"].at[slot]
@@ -95,16 +96,15 @@ def reverse_scan(
             for name in ("scores", "inverse"):
                 if name in buffers:
                     plgpu.copy_gmem_to_smem(gmem[name].at[b, h, n], smem[name].at[slot], ready)
-            plgpu.copy_gmem_to_smem(
-                gmem["gates"].at[b, h, n, pl.ds(ERASE, len(ROWS) - ERASE)], smem["gates"].at[slot], ready
-            )
+            plgpu.copy_gmem_to_smem(gmem["gates"].at[b, h, n, scan_rows], smem["gates"].at[slot], ready)
             for part in range(workers if dy is not None else 0):
                 wanted = pl.ds(v * columns + part * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(gmem["dy"].at[b, tokens_n, h, wanted], smem["dy"].at[slot, part], ready)
 
         @pl.when(worker == workers)
         def _fetcher():
-            plgpu.set_max_registers(40, action="decrease")
+            if workers > 1:
+                plgpu.set_max_registers(40, action="decrease")
             for step in range(min(stages, tiles)):
                 fetch(step, step)
 
@@ -116,7 +116,8 @@ def reverse_scan(
 
         @pl.when(worker < workers)
         def _worker():
-            plgpu.set_max_registers(232 if workers == 2 else 240, action="increase")
+            if workers > 1:
+                plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(v * columns + worker * COLUMNS, COLUMNS)
             x, du, s = (smem[name].at[worker] for name in ("x", "du", "s"))
 
@@ -134,9 +135,6 @@ def reverse_scan(
                 if dy is not None:
                     dy_n = tile["dy"].at[worker]
                     (dw_CV,) = products((dw_CV, [(transposed(tile["scores"]), dy_n)]), interpret=interpret)
-                    if decay:  # in place: nobody else reads these columns
-                        dy_CV = plgpu.load(dy_n, layout=plgpu.Layout.WGMMA).astype(f32)
-                        dy_n[...] = (column(gates_C[READ], COLUMNS) * dy_CV).astype(bf16)
                 du_CV = dw_CV
                 if inverse is not None:
                     x[...] = dw_CV.astype(bf16)
@@ -148,6 +146,11 @@ def reverse_scan(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(du, gmem["du"].at[b, pl.ds(n * TILE, TILE), h, mine])
 
+                if decay and dy is not None:  # in place: nobody else reads these columns
+                    dy_n = tile["dy"].at[worker]
+                    dy_CV = plgpu.load(dy_n, layout=plgpu.Layout.WGMMA).astype(f32)
+                    dy_n[...] = (column(gates_C[READ], COLUMNS) * dy_CV).astype(bf16)
+                    plgpu.commit_smem()
                 pairs = [] if dy is None else [(transposed(tile["q"]), tile["dy"].at[worker])]
                 pairs += [] if inverse is None else [(transposed(tile["k"]), x)]
                 if decay:

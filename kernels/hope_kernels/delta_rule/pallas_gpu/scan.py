@@ -60,6 +60,7 @@ def scan(
     tiles = tokens // TILE
     workers = columns // COLUMNS
     stages = 2
+    late_reads = key_width > 2 * COLUMNS  # the registers of a larger state leave no room for Q S while W is made
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     arrays = {"k": k, "u": u, "gates": gates}
@@ -95,6 +96,7 @@ def scan(
         v, h, b = (lax.axis_index(axis) for axis in ("slice", "head", "batch"))
         key_head = lax.div(h, jnp.int32(heads // key_heads))
         worker = lax.axis_index("wg")
+        scan_rows = pl.ds(ERASE, len(ROWS) - ERASE)
 
         def fetch(n, slot):
             tokens_n, ready = pl.ds(n * TILE, TILE), smem["ready"].at[slot]
@@ -104,16 +106,15 @@ def scan(
             for name in ("scores", "inverse"):
                 if name in buffers:
                     plgpu.copy_gmem_to_smem(gmem[name].at[b, h, n], smem[name].at[slot], ready)
-            plgpu.copy_gmem_to_smem(
-                gmem["gates"].at[b, h, n, pl.ds(ERASE, len(ROWS) - ERASE)], smem["gates"].at[slot], ready
-            )
+            plgpu.copy_gmem_to_smem(gmem["gates"].at[b, h, n, scan_rows], smem["gates"].at[slot], ready)
             for part in range(workers):
                 wanted = pl.ds(v * columns + part * COLUMNS, COLUMNS)
                 plgpu.copy_gmem_to_smem(gmem["u"].at[b, tokens_n, h, wanted], smem["u"].at[slot, part], ready)
 
         @pl.when(worker == workers)
         def _fetcher():
-            plgpu.set_max_registers(40, action="decrease")
+            if workers > 1:
+                plgpu.set_max_registers(40, action="decrease")
             for n in range(min(stages, tiles)):
                 fetch(n, n)
 
@@ -125,7 +126,8 @@ def scan(
 
         @pl.when(worker < workers)
         def _worker():
-            plgpu.set_max_registers(232 if workers == 2 else 240, action="increase")
+            if workers > 1:
+                plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(v * columns + worker * COLUMNS, COLUMNS)
             x, w, s = (smem[name].at[worker] for name in ("x", "w", "s"))
 
@@ -141,14 +143,10 @@ def scan(
                 gates_C = {index: column_gate(tile["gates"].at[index - ERASE]) for index in range(ERASE, WHOLE)}
 
                 w_ref = u_n
-                wanted = [name for name, use in (("q", q), ("k", inverse)) if use is not None]
-                from_state = {name: tile[name] for name in wanted}
-                read = {}
-                if from_state:
-                    values = products(
-                        *[((TILE, COLUMNS), [(ref, s)]) for ref in from_state.values()], interpret=interpret
-                    )
-                    read = dict(zip(from_state, values, strict=True))
+                from_state = {name: [(tile[name], s)] for name, use in (("q", q), ("k", inverse)) if use is not None}
+                together = ["k"] if late_reads else list(from_state)
+                terms = [((TILE, COLUMNS), from_state[name]) for name in together if name in from_state]
+                read = dict(zip(together, products(*terms, interpret=interpret), strict=False)) if terms else {}
                 w_CV = plgpu.load(u_n, layout=plgpu.Layout.WGMMA).astype(f32)
                 if inverse is not None:
                     x[...] = (w_CV - column(gates_C[ERASE], COLUMNS) * read["k"]).astype(bf16)
@@ -163,18 +161,27 @@ def scan(
                 plgpu.commit_smem()
                 if "w" in outputs:
                     plgpu.copy_smem_to_gmem(w, gmem["w"].at[b, tokens_n, h, mine])
-                terms = [(s_KV, [(transposed(tile["k"]), x if decay else w_ref)])]
-                if q is not None:
-                    y_CV = column(gates_C[READ], COLUMNS) * read["q"]
-                    terms.append((y_CV, [(tile["scores"], w_ref)]))
-                s_KV, *y_CV = products(*terms, interpret=interpret)
+                write = (s_KV, [(transposed(tile["k"]), x if decay else w_ref)])
+
+                def read_term(from_s):
+                    return column(gates_C[READ], COLUMNS) * from_s, [(tile["scores"], w_ref)]
+
+                y_CV = None
+                if q is None:
+                    (s_KV,) = products(write, interpret=interpret)
+                elif late_reads:
+                    (s_KV,) = products(write, interpret=interpret)
+                    (from_s,) = products(((TILE, COLUMNS), from_state["q"]), interpret=interpret)
+                    (y_CV,) = products(read_term(from_s), interpret=interpret)
+                else:
+                    s_KV, y_CV = products(write, read_term(read["q"]), interpret=interpret)
                 plgpu.barrier_arrive(smem["free"].at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if y_CV:
-                    w[...] = y_CV[0].astype(bf16)
+                if y_CV is not None:
+                    w[...] = y_CV.astype(bf16)
                 s[...] = s_KV.astype(bf16)
                 plgpu.commit_smem()
-                if y_CV:
+                if y_CV is not None:
                     plgpu.copy_smem_to_gmem(w, gmem["y"].at[b, tokens_n, h, mine])
                 return s_KV
 
