@@ -28,7 +28,7 @@ pytest.importorskip("absl", reason="jax's Mosaic GPU needs absl-py")
 SPEC = ArgSpec(batch=1, tokens=100, heads=1, key_width=64, value_width=64, dtype="bfloat16")
 SIMULATED = Config(interpret=True)
 WHERE = [pytest.param(SIMULATED, id="simulated"), pytest.param(Config(), id="gpu", marks=pytest.mark.gpu)]
-FAST = ("random", "identical keys", "masked stretch", "documents")
+FAST = ("identical keys", "masked stretch", "documents")
 
 
 def how(config: Config) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def test_reads_before_the_write(config):
 
 
 @pytest.mark.parametrize("config", WHERE)
-@pytest.mark.parametrize(("erase", "decay"), [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("erase", "decay"), [(False, True), (True, False), pytest.param(False, False, marks=pytest.mark.slow)]
+)
 def test_absent_gates(erase, decay, config):
     check_against_oracle(make_arguments(SPEC._replace(erase=erase, decay=decay)), **how(config))
 
@@ -107,7 +109,7 @@ def test_zero_cotangents_give_zero_gradients(config):
 
 
 @pytest.mark.parametrize("config", WHERE)
-@pytest.mark.parametrize("precision", ["default", "fast"])
+@pytest.mark.parametrize("precision", ["default", pytest.param("fast", marks=pytest.mark.slow)])
 def test_gradients_of_gate_parameters_point_the_right_way(precision, config):
     assert gate_cosine(arguments_of("correlated keys", SPEC), **how(config), precision=precision) >= 0.999
 
