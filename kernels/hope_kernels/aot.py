@@ -4,30 +4,32 @@ libtpu compiles for a named topology on any machine, and writes down what it mad
 bundle is what the core issues in one cycle), the units every bundle uses, the registers spilled to memory, and an
 estimate of the cycles. `report` does that for one job, `reports` for several in one process:
 
-    job = Job("v6e:2x2", function, (jax.ShapeDtypeStruct((8, 4096, 2048), "bfloat16"),), kernel="my_kernel")
-    print(report(job).nanoseconds)
+    def job(topology):
+        return Job(topology, function, (jax.ShapeDtypeStruct((8, 4096, 2048), "bfloat16"),), kernel="my_kernel")
+
+    print(report(job, "v6e:2x2").nanoseconds)
 
 The compilation runs in a process of its own: libtpu reads the flags that make it write its dumps only once, when it is
 loaded, and its static profiler aborts the process on some programs (such a job is compiled again without it, and
-`cycles` is None). Therefore `function` must be importable by name (a function of a module, or a `functools.partial`
-of one).
+`cycles` is None). Therefore what makes the jobs, `job` above, must be a function of a module, and its arguments JSON:
+the other process makes the same jobs again.
 
 What the numbers are: static. They count what is issued and not what is waited for, so they are a lower bound of the
 time (1.2 to 2 times longer on a chip is usual). They rank variants and show spills.
 """
 
 import glob
-import itertools
+import json
 import os
-import pickle
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from hope_kernels import child
 
 # Cycles per nanosecond of one core, from the published peak: peak / (MXUs x multiply-adds per cycle x 2).
 CLOCK_GHZ = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
@@ -38,7 +40,7 @@ class Job(NamedTuple):
     """A function to compile for one chip of a topology, or with `mesh` for several of them."""
 
     topology: str  # "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "v5e:4x4", ...
-    function: Callable[..., Any]  # of a module; with `mesh` it is called with the mesh as its first argument
+    function: Callable[..., Any]  # with `mesh` it is called with the mesh as its first argument
     arguments: Sequence[Any]  # a pytree of ShapeDtypeStruct per argument
     kernel: str = ""  # which Pallas kernel to report, by the `name` of its `pallas_call`; "" for the last one compiled
     mesh: Mapping[str, int] | None = None  # axis sizes by name; None compiles for a single chip
@@ -61,34 +63,47 @@ class Report(NamedTuple):
     text: str  # the compiled program
 
 
-def report(job: Job) -> Report:
-    """Compile `job` and read its schedule.
+def report(build: Callable[..., Job], *arguments: Any) -> Report:
+    """Compile the job that `build(*arguments)` returns and read its schedule.
+
+    Args:
+        build: a function of a module.
+        *arguments: for it, JSON.
 
     Raises:
         RuntimeError: it does not compile, or has no kernel called `job.kernel`; the message holds the compiler's.
+        ValueError: `build` cannot be imported by another process.
 
     Example:
-        report(Job("v6e:2x2", my_function, (jax.ShapeDtypeStruct((1024, 1024), "float32"),), kernel="my_kernel"))
+        report(job, "v6e:2x2")  # with `job` as at the top of this module
     """
-    return reports([job])[0]
+    return reports(build, *arguments)[0]
 
 
-def reports(jobs: Sequence[Job]) -> list[Report]:
-    """One report per job, in order, compiled one after another in one process."""
+def reports(build: Callable[..., Job | Sequence[Job]], *arguments: Any) -> list[Report]:
+    """One report for each of several jobs, in order, compiled one after another in one process."""
+    jobs = _jobs(build, arguments)
+    profile = [job.profile for job in jobs]
     found: list[Report] = []
-    left = list(jobs)
-    while left:
-        answers, ended = _compile_in_child(left)
+    while len(found) < len(jobs):
+        first = last = len(found)
+        while last < len(jobs) and profile[last] == profile[first]:
+            last += 1
+        answers, ended = _compile_in_child(build, arguments, list(range(first, last)), profile[first])
         for answer in answers:
-            if isinstance(answer, str):
-                raise RuntimeError(f"{_describe(left[0])} does not compile:\n{answer}")
-            found.append(answer)
-            left.pop(0)
-        if left:  # the process died on the first that is left
-            if not left[0].profile:
-                raise RuntimeError(f"{_describe(left[0])}: the compiler ended with {ended}")
-            left[0] = left[0]._replace(profile=False)
+            if "error" in answer:
+                raise RuntimeError(f"{_describe(jobs[len(found)])} does not compile:\n{answer['error']}")
+            found.append(Report(**answer))
+        if ended and len(found) < len(jobs):  # the process died on the next one
+            if not profile[len(found)]:
+                raise RuntimeError(f"{_describe(jobs[len(found)])}: the compiler ended with {ended}")
+            profile[len(found)] = False
     return found
+
+
+def _jobs(build: Callable[..., Job | Sequence[Job]], arguments: Sequence[Any]) -> list[Job]:
+    made = build(*arguments)
+    return [made] if isinstance(made, Job) else list(made)
 
 
 def mesh(topology: str, axes: Mapping[str, int]) -> Any:
@@ -108,50 +123,41 @@ def _describe(job: Job) -> str:
     return f"{job.kernel or 'the program'} for {job.topology}"
 
 
-def _compile_in_child(jobs: list[Job]) -> tuple[list[Report | str], str]:
-    """The answers until the process ended, and how it ended."""
-    profile = jobs[0].profile
-    batch = list(itertools.takewhile(lambda job: job.profile == profile, jobs))
+def _compile_in_child(
+    build: Callable[..., Any], arguments: Sequence[Any], numbers: list[int], profile: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """The answers to the jobs with these numbers until the process ended, and how it ended; "" is well."""
     with tempfile.TemporaryDirectory(prefix="aot_") as folder:
         flags = f"--xla_jf_dump_to={folder}/llo --xla_jf_dump_llo_text=true"
         if profile:
             flags += f" --xla_jf_dump_static_llo_profile_to={folder}/profile"
-        paths = [p for p in sys.path if p]
-        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
-        with open(f"{folder}/jobs", "wb") as file:
-            pickle.dump(batch, file)
-        child = subprocess.run(
-            [sys.executable, "-m", "hope_kernels.aot", folder],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        answers: list[Report | str] = []
+        environment = {**ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
+        work = {"arguments": list(arguments), "numbers": numbers, "profile": profile}
+        ended = child.run("hope_kernels.aot", folder, build, work, environment)
+        answers = []
         for path in sorted(glob.glob(f"{folder}/answer*")):
-            with open(path, "rb") as file:
-                answers.append(pickle.load(file))
-    if child.returncode == 0:
-        return answers, "no error"
-    ended = signal.Signals(-child.returncode).name if child.returncode < 0 else f"code {child.returncode}"
-    if child.returncode > 0 and not answers:
-        ended += f":\n{child.stderr[-4000:]}"
-    return answers, ended
+            with open(path) as file:
+                answers.append(json.load(file))
+    if ended.returncode == 0:
+        return answers, ""
+    how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"code {ended.returncode}"
+    if ended.returncode > 0 and not answers:
+        how += f":\n{ended.stderr[-4000:]}"
+    return answers, how
 
 
-def _child(folder: str) -> None:
-    """Compile the jobs of `folder`, leaving one answer after another there."""
-    with open(f"{folder}/jobs", "rb") as file:
-        jobs = pickle.load(file)
-    for number, job in enumerate(jobs):
+def _child(folder: str, build: Callable[..., Any], work: dict[str, Any]) -> None:
+    """Compile some of the jobs, leaving one answer after another in the folder."""
+    jobs = _jobs(build, work["arguments"])
+    for number in work["numbers"]:
         try:
-            answer = _compile(job, folder)
+            answer = _compile(jobs[number]._replace(profile=work["profile"]), folder)._asdict()
         except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        with open(f"{folder}/partial", "wb") as file:
-            pickle.dump(answer, file)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        with open(f"{folder}/partial", "w") as file:
+            json.dump(answer, file)
         os.replace(f"{folder}/partial", f"{folder}/answer{number:04d}")
-        if isinstance(answer, str):
+        if "error" in answer:
             break
 
 
@@ -239,6 +245,4 @@ def _read_cycles(folder: str, kernel: str) -> int | None:
 
 
 if __name__ == "__main__":
-    from hope_kernels import aot  # the module whose classes the pickled jobs and reports are of
-
-    aot._child(sys.argv[1])
+    _child(*child.described(sys.argv))

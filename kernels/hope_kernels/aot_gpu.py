@@ -1,23 +1,25 @@
 """Compile Mosaic GPU kernels for a Hopper GPU on a machine without one, and read what the assembler says.
 
-    figures = report(function, (jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16"),))
+    def case(tokens):
+        return function, (jax.ShapeDtypeStruct((1, tokens, 1, 64), "bfloat16"),)
+
+    figures = report(case, 128)
     figures["my_kernel"].spilled_bytes
 
 jax's CUDA plugin (`jax[cuda13]`) brings the compiler and the assembler; no driver is needed. The compilation runs in a
-process of its own, because the variables that make it write its dumps are read once. `function` must be importable by
-name (a function of a module, or a `functools.partial` of one). The figures are static: nothing was run.
+process of its own, because the variables that make it write its dumps are read once; so `case` must be a function of
+a module and its arguments JSON. The figures are static: nothing was run.
 """
 
 import importlib.util
-import os
-import pickle
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hope_kernels import child
 
 # What the compiler has to know about the chip: public figures of an H100 SXM.
 H100 = """
@@ -63,34 +65,29 @@ def available() -> bool:
     return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
-def report(function: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, Figures]:
-    """Compile `function(*arguments)` for an H100 and return the figures of its kernels by name.
+def report(build: Callable[..., tuple[Callable[..., Any], Sequence[Any]]], *arguments: Any) -> dict[str, Figures]:
+    """Compile a function for an H100 and return the figures of its kernels by name.
+
+    Args:
+        build: a function of a module; `build(*arguments)` returns the function and its arguments' shapes.
+        *arguments: for it, JSON.
 
     Raises:
         RuntimeError: it does not compile; the message holds the compiler's.
+        ValueError: `build` cannot be imported by another process.
     """
     with tempfile.TemporaryDirectory(prefix="aot_gpu_") as folder:
-        Path(folder, "job").write_bytes(pickle.dumps((function, tuple(arguments))))
         environment = {
-            **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            "MOSAIC_GPU_DUMP_TO": f"{folder}/dump",
+            "MOSAIC_GPU_DUMP_TO": folder,
             "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
-        os.makedirs(f"{folder}/dump")
-        child = subprocess.run(
-            [sys.executable, "-m", "hope_kernels.aot_gpu", folder],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if child.returncode:
-            raise RuntimeError(f"it does not compile for an H100:\n{child.stderr[-4000:]}")
+        ended = child.run("hope_kernels.aot_gpu", folder, build, list(arguments), environment)
+        if ended.returncode:
+            raise RuntimeError(f"it does not compile for an H100:\n{ended.stderr[-4000:]}")
         found = {}
-        for path in sorted(Path(folder, "dump").glob("*.ptxas")):
+        for path in sorted(Path(folder).glob("*.ptxas")):
             found[re.sub(r"_\d+$", "", path.stem)] = _read(path)
     return found
 
@@ -112,11 +109,11 @@ def _read(path: Path) -> Figures:
     )
 
 
-def _child(folder: str) -> None:
+def _child(build: Callable[..., Any], given: Sequence[Any]) -> None:
     import jax
     from jax.experimental import topologies
 
-    function, arguments = pickle.loads(Path(folder, "job").read_bytes())
+    function, arguments = build(*given)
     device = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=H100).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
@@ -125,4 +122,4 @@ def _child(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1])
+    _child(*child.described(sys.argv)[1:])

@@ -30,6 +30,11 @@ def call(read, arguments, segment_ids, cotangents):
     return out, pullback(cotangents)
 
 
+def case(read, *sizes):
+    """What is compiled, and for what shapes."""
+    return partial(call, read), shapes(*sizes)
+
+
 def shapes(batch, heads, key_width, value_width, gates, resets):
     x: Any = jax.ShapeDtypeStruct
     tokens, key_heads = 256, heads // 2
@@ -45,13 +50,12 @@ def shapes(batch, heads, key_width, value_width, gates, resets):
 )
 def test_nothing_is_spilled(heads, key_width, value_width):
     """Few heads: one warpgroup per block of the scans, many: two."""
-    given = shapes(1, heads, key_width, value_width, ("eta", "log_alpha"), True)
-    check(aot_gpu.report(partial(call, "after"), given))
+    check(aot_gpu.report(case, "after", 1, heads, key_width, value_width, ("eta", "log_alpha"), True))
 
 
 @pytest.mark.parametrize("gates", [(), ("eta",), ("log_alpha",)])
 def test_absent_gates(gates):
-    check(aot_gpu.report(partial(call, "before"), shapes(1, 2, 128, 128, gates, False)))
+    check(aot_gpu.report(case, "before", 1, 2, 128, 128, gates, False))
 
 
 def check(found):

@@ -55,6 +55,12 @@ def sharded(mesh: Any, inputs: Any, *states: jax.Array) -> Any:
     return jax.shard_map(local, mesh=mesh, in_specs=every, out_specs=out, check_vma=False)(inputs, *states)
 
 
+def mesh_job(topology: str, axes: dict[str, int]) -> Job:
+    arguments = budget.arguments(batch=axes["data"], heads=2 * axes["tensor"], tokens=256)
+    time, state = PartitionSpec("data", None, "tensor"), PartitionSpec("data", "tensor")
+    return Job(topology, sharded, arguments, "delta_rule_backward", axes, (time, state, time, state), profile=False)
+
+
 @pytest.mark.parametrize(
     ("topology", "axes"),
     [
@@ -63,10 +69,7 @@ def sharded(mesh: Any, inputs: Any, *states: jax.Array) -> Any:
     ],
 )
 def test_nothing_is_gathered_on_a_mesh(topology, axes):
-    arguments = budget.arguments(batch=axes["data"], heads=2 * axes["tensor"], tokens=256)
-    time, state = PartitionSpec("data", None, "tensor"), PartitionSpec("data", "tensor")
-    job = Job(topology, sharded, arguments, "delta_rule_backward", axes, (time, state, time, state), profile=False)
-    text = report(job).text
+    text = report(mesh_job, topology, axes).text
     assert text.count("tpu_custom_call") >= 2
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
@@ -82,21 +85,33 @@ def gradient_with_policy(names: tuple[str, ...], *arrays: Any) -> Any:
     return jax.value_and_grad(jax.checkpoint(loss, policy=policy))(*arrays)
 
 
-@pytest.mark.slow
-def test_a_policy_keeps_or_recomputes_the_residuals():
+def policy_jobs() -> list[Job]:
     arguments = budget.arguments(heads=2, tokens=256)[:2]
     names = ("delta_rule_states", "delta_rule_inverse")
-    jobs = [
+    return [
         Job("v6e:2x2", partial(gradient_with_policy, n), arguments, "delta_rule_backward", profile=False)
         for n in (names, ())
     ]
-    kept, recomputed = (r.text.count('custom_call_target="tpu_custom_call"') for r in reports(jobs))
+
+
+@pytest.mark.slow
+def test_a_policy_keeps_or_recomputes_the_residuals():
+    kept, recomputed = (r.text.count('custom_call_target="tpu_custom_call"') for r in reports(policy_jobs))
     assert (kept, recomputed) == (2, 3)
 
 
-def test_what_does_not_compile_says_so():
+def job_of_keys_that_do_not_fit() -> Job:
     inputs, *others = budget.arguments()
     keys: Any = inputs.k
     shapes = [inputs._replace(k=keys.update(shape=(1, 512, 16, 96))), *others]
+    return Job("v6e:2x2", partial(budget.with_gradient, "default"), shapes, profile=False)
+
+
+def test_what_does_not_compile_says_so():
     with pytest.raises(RuntimeError, match="does not compile"):
-        report(Job("v6e:2x2", partial(budget.with_gradient, "default"), shapes, profile=False))
+        report(job_of_keys_that_do_not_fit)
+
+
+def test_what_another_process_cannot_import_is_refused():
+    with pytest.raises(ValueError, match="pass a function of a module"):
+        report(lambda: budget.job("v6e:2x2", "forward"))

@@ -1,12 +1,10 @@
 """The backward kernel: the tiles of a cell from the last to the first, with the cotangent of the state in VMEM."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from hope_kernels.delta_rule.pallas_tpu import decay, layout
 from hope_kernels.delta_rule.pallas_tpu.plan import Plan, Stream
@@ -31,19 +29,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     out = {"dk": dtype, "du": dtype, "d_gates": jnp.float32, "d_start": jnp.float32}
     if plan.read:
         out = {"dq": dtype, **out}
-    specs, shapes = layout.tile_specs(plan, backwards=True), layout.shapes(plan)
-    results = pl.pallas_call(
-        partial(_kernel, plan, tuple(arrays), tuple(out)),
-        grid=(plan.batch // plan.rows, plan.cells, plan.tiles),
-        in_specs=[specs[name] for name in arrays],
-        out_specs=[specs[name] for name in out],
-        out_shape=[layout.out_shape(shapes[name], dtype, arrays["k"]) for name, dtype in out.items()],
-        scratch_shapes=[pltpu.VMEM((plan.streams, plan.key_width, plan.value_width), jnp.float32)],
-        compiler_params=layout.compiler_params(plan),
-        interpret=plan.interpret or False,
-        name=NAME,
-    )(*arrays.values())
-    return dict(zip(out, results, strict=True))
+    return layout.launch(plan, _kernel, NAME, arrays, out, backwards=True)
 
 
 def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *given) -> None:

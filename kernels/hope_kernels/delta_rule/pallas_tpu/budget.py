@@ -8,6 +8,7 @@ Everything here is static, see `hope_kernels.aot`: 16 heads of 128 by 128 in bfl
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def job(topology: str, kernel: str) -> Job:
     return Job(topology, partial(with_gradient, precision), given, name, profile=False)
 
 
+def jobs(topology: str, kernels: Sequence[str]) -> list[Job]:
+    """Those of several kernels."""
+    return [job(topology, kernel) for kernel in kernels]
+
+
 def measure(topology: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict[str, float]]:
     """By kernel: bundles, spills and nanoseconds, each per token and head."""
     sizes = tpu_sizes(TOPOLOGIES[topology], TOKENS, Config())
@@ -65,7 +71,7 @@ def measure(topology: str, kernels: tuple[str, ...] = KERNELS) -> dict[str, dict
         counts = {"bundles": report.bundles, "spills": report.spills, "nanoseconds": report.nanoseconds}
         return {name: round(count / token_heads, 3) for name, count in counts.items()}
 
-    return dict(zip(kernels, map(row, reports([job(topology, k) for k in kernels])), strict=True))
+    return dict(zip(kernels, map(row, reports(jobs, topology, kernels)), strict=True))
 
 
 def committed() -> dict[str, dict[str, dict[str, float]]]:

@@ -1,8 +1,5 @@
 """From a call to its plan: what the kernels cannot do, and the sizes of a cell."""
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 
 from hope_kernels.delta_rule.config import Config, tpu_sizes
@@ -10,16 +7,11 @@ from hope_kernels.delta_rule.pallas_tpu import layout
 from hope_kernels.delta_rule.pallas_tpu.inverse import BASE
 from hope_kernels.delta_rule.pallas_tpu.plan import Plan
 from hope_kernels.delta_rule.types import Inputs
+from hope_kernels.dispatch import target_device
 
 KEY_WIDTHS = (64, 128, 256)
 VALUE_MULTIPLE = 64
 FEWEST_TOKENS = 64
-
-
-def device() -> Any:
-    """What programs are compiled for: the device set by `jax.default_device`, else jax's first one."""
-    chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
 
 
 def cannot_run(inputs: Inputs, config: Config) -> str | None:
@@ -35,8 +27,8 @@ def cannot_run(inputs: Inputs, config: Config) -> str | None:
         return f"value widths are multiples of {VALUE_MULTIPLE}, not {u.shape[3]}; pad u or use implementation='xla'"
     if config.block_t is not None and not _is_tile(config.block_t):
         return f"tiles have 16, 32, 64, 128 or 256 tokens, not block_t={config.block_t}"
-    if config.interpret is None and device().platform != "tpu":
-        return f"it needs a TPU, and this is {device().platform} (Config(interpret=True) simulates one)"
+    if config.interpret is None and target_device().platform != "tpu":
+        return f"it needs a TPU, and this is {target_device().platform} (Config(interpret=True) simulates one)"
     if _plan(inputs, None, config, "default") is None:
         return f"{u.shape[2]} heads of {k.shape[3]} by {u.shape[3]} do not fit its memory; use implementation='xla'"
     return None
@@ -67,7 +59,7 @@ def _plan(inputs: Inputs, read: str | None, config: Config, precision: str) -> P
     batch, tokens, key_heads, key_width = inputs.k.shape
     heads, value_width = inputs.u.shape[2:]
     wide = inputs.k.dtype == jnp.float32
-    table = tpu_sizes(device().device_kind, tokens, config)
+    table = tpu_sizes(target_device().device_kind, tokens, config)
     tile = table.block_t
     passes = 6 if wide else 1
     family = heads // key_heads

@@ -1,12 +1,10 @@
 """The forward kernel: the grid walks over the tiles of a cell, the states stay in VMEM."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from hope_kernels.delta_rule.pallas_tpu import decay, layout
 from hope_kernels.delta_rule.pallas_tpu.inverse import unit_lower_inverse
@@ -30,19 +28,7 @@ def run(plan: Plan, arrays: dict[str, jax.Array], keep: bool) -> dict[str, jax.A
     dtype = arrays["k"].dtype
     kept = {"starts": jnp.float32, **({"inverse": plan.inverse_dtype} if plan.erase else {})} if keep else {}
     out = {**({"y": dtype} if plan.read else {}), "end": jnp.float32, **kept}
-    specs, shapes = layout.tile_specs(plan, backwards=False), layout.shapes(plan)
-    results = pl.pallas_call(
-        partial(_kernel, plan, tuple(arrays), tuple(out)),
-        grid=(plan.batch // plan.rows, plan.cells, plan.tiles),
-        in_specs=[specs[name] for name in arrays],
-        out_specs=[specs[name] for name in out],
-        out_shape=[layout.out_shape(shapes[name], dtype, arrays["k"]) for name, dtype in out.items()],
-        scratch_shapes=[pltpu.VMEM((plan.streams, plan.key_width, plan.value_width), jnp.float32)],
-        compiler_params=layout.compiler_params(plan),
-        interpret=plan.interpret or False,
-        name=NAME,
-    )(*arrays.values())
-    return dict(zip(out, results, strict=True))
+    return layout.launch(plan, _kernel, NAME, arrays, out, backwards=False)
 
 
 def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *given) -> None:

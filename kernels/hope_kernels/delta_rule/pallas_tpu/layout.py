@@ -5,6 +5,9 @@ transposed. A cell sees a tile of tokens and a stretch of heads. The gates are s
 and a cell; what has to stand in columns is transposed in the kernel.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -131,14 +134,40 @@ def pack_documents(plan: Plan, reset_BT: jax.Array) -> jax.Array:
     return jnp.cumsum(reset_BT.reshape(plan.batch, plan.tiles, 1, plan.tile), axis=-1)
 
 
+def launch(
+    plan: Plan,
+    kernel: Callable[..., None],
+    name: str,
+    arrays: dict[str, jax.Array],
+    results: dict[str, jnp.dtype],
+    backwards: bool,
+) -> dict[str, jax.Array]:
+    """`kernel(plan, names of the arrays, names of the results, *references)` over the grid; the results by name.
+
+    The last reference is what stays in VMEM from tile to tile: a matrix [K, V] in float32 for each stream.
+    """
+    specs, whole = tile_specs(plan, backwards), shapes(plan)
+    found = pl.pallas_call(
+        partial(kernel, plan, tuple(arrays), tuple(results)),
+        grid=(plan.batch // plan.rows, plan.cells, plan.tiles),
+        in_specs=[specs[array] for array in arrays],
+        out_specs=[specs[result] for result in results],
+        out_shape=[out_shape(whole[result], dtype, arrays["k"]) for result, dtype in results.items()],
+        scratch_shapes=[pltpu.VMEM((plan.streams, plan.key_width, plan.value_width), jnp.float32)],
+        compiler_params=compiler_params(),
+        interpret=plan.interpret or False,
+        name=name,
+    )(*arrays.values())
+    return dict(zip(results, found, strict=True))
+
+
 def out_shape(shape: tuple[int, ...], dtype: jnp.dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
     """Inside `shard_map`, a result varies over the mesh as the inputs do."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def compiler_params(plan: Plan) -> pltpu.CompilerParams:
+def compiler_params() -> pltpu.CompilerParams:
     """Batch entries and heads are independent, tiles follow one another."""
-    del plan
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=VMEM_BYTES,
