@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -193,3 +194,18 @@ def gate_cosine(arguments: Arguments, **how: Any) -> float:
         expected = gradient(lambda x: np.float64, implementation="reference")
     found = gradient(lambda x: getattr(x, "dtype", np.float32) if isinstance(x, jax.Array) else np.float32, **how)
     return float(found @ expected / (np.linalg.norm(found) * np.linalg.norm(expected)))
+
+
+def calls_of(primitive: str, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The equations of a primitive in the traced function, however deep."""
+    found = []
+
+    def walk(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == primitive:
+                found.append(equation)
+            for sub in jax.extend.core.jaxprs_in_params(equation.params):
+                walk(sub)
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return found

@@ -36,6 +36,6 @@ def cannot_run(inputs: Inputs, state: State, *, read: str, config: Config, preci
 
 
 def unsuited(inputs: Inputs, state: State, *, read: str, config: Config, precision: str) -> str | None:
-    """Why another implementation should be chosen although this one can run, or None."""
-    del state, read, config, precision
-    return choose.unsuited(inputs)
+    """Why another implementation is chosen although this one can run."""
+    del inputs, state, read, config, precision
+    return "it has only been simulated and compiled, never run on a GPU"

@@ -12,7 +12,6 @@ from hope_kernels.dispatch import target_device
 
 TILE = 64
 WIDTHS = (64, 128, 256)
-FEWEST_TOKENS = 64
 PROCESSORS = 132  # of an H100 or H200
 
 
@@ -30,21 +29,11 @@ def cannot_run(inputs: Inputs, config: Config, precision: str) -> str | None:
             return f"its {name} widths are {WIDTHS}, not {width}; use implementation='xla'"
     if config.block_t not in (None, TILE):
         return f"its tiles have {TILE} tokens, not block_t={config.block_t}"
-    if config.parts not in (None, 1):
-        return f"it does not cut a sequence into parts (parts={config.parts})"
     if importlib.util.find_spec("absl") is None:
         return "jax's Mosaic GPU needs the package absl-py"
     if config.interpret is None:
         return _wrong_machine(target_device())
     return None
-
-
-def unsuited(inputs: Inputs) -> str | None:
-    """Why another implementation is the better choice."""
-    tokens = inputs.k.shape[1]
-    if tokens < FEWEST_TOKENS:
-        return f"its tile would mostly be padding with fewer than {FEWEST_TOKENS} tokens; there are {tokens}"
-    return "it has only been simulated and compiled, never run on a GPU"
 
 
 def plan_call(inputs: Inputs, read: str, config: Config, precision: str) -> Plan:
