@@ -47,8 +47,8 @@ class TPUSizes:
 
 # By the compiler's schedule for K = V = 128 in bfloat16 (README of pallas_tpu); the chip's name as jax gives it.
 TPU_SIZES = {
-    "TPU v5 lite": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
-    "TPU v5": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
+    "TPU v5 lite": TPUSizes(block_t=128, heads=16, group=8, gradient_group=4),
+    "TPU v5": TPUSizes(block_t=128, heads=16, group=8, gradient_group=4),
     "TPU v6 lite": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
     "TPU7x": TPUSizes(block_t=128, heads=16, group=16, gradient_group=8),
 }
