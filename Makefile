@@ -8,6 +8,8 @@ FIND_PYTHON = for p in $(PYTHON) python3.12 python3.13 python3.14 python3 $$HOME
 BIN := .venv/bin
 STAMP := .venv/installed
 TEST_STAMP := .venv/installed-test
+# Processes of the fast tests; each keeps about one CPU busy.
+WORKERS := 2
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 help:
@@ -38,7 +40,7 @@ train: $(STAMP)
 test: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow

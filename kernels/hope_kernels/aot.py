@@ -245,4 +245,6 @@ def _read_cycles(folder: str, kernel: str) -> int | None:
 
 
 if __name__ == "__main__":
-    _child(*child.described(sys.argv))
+    from hope_kernels import aot  # the module that the jobs are made with; this one is called __main__
+
+    aot._child(*child.described(sys.argv))

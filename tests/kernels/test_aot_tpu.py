@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from hope_kernels import delta_rule
 from hope_kernels.aot import Job, report, reports
 from hope_kernels.delta_rule.pallas_tpu import budget
 from tests.kernels import aot_calls
@@ -100,16 +101,14 @@ def test_a_policy_keeps_or_recomputes_the_residuals():
     assert (kept, recomputed) == (2, 3)
 
 
-def job_of_keys_that_do_not_fit() -> Job:
-    inputs, *others = budget.arguments()
-    keys: Any = inputs.k
-    shapes = [inputs._replace(k=keys.update(shape=(1, 512, 16, 96))), *others]
-    return Job("v6e:2x2", partial(budget.with_gradient, "default"), shapes, profile=False)
+def job_of_refused_keys() -> Job:
+    keys = jax.ShapeDtypeStruct((1, 512, 16, 96), jnp.bfloat16)
+    return Job("v6e:2x2", lambda k: delta_rule(k, k, k, implementation="pallas_tpu"), [keys], profile=False)
 
 
 def test_what_does_not_compile_says_so():
-    with pytest.raises(RuntimeError, match="does not compile"):
-        report(job_of_keys_that_do_not_fit)
+    with pytest.raises(RuntimeError, match=r"does not compile:\nNotImplementedError.*not 96"):
+        report(job_of_refused_keys)
 
 
 def test_what_another_process_cannot_import_is_refused():
