@@ -43,7 +43,7 @@ test: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(TEST_STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
