@@ -1,4 +1,4 @@
-"""A sequence layer around a memory: projections make each token's key, value, query and gates; the memory does the rest.
+"""A sequence layer around a memory: projections make each token's key, value, query and gates.
 
 Most models of the literature are this layer with another nest: what differs between linear attention, DeltaNet,
 Mamba-2 or Titans is the memory, its rule and its gates (`hope_jax/sequence.py`, `titans.py`), not the projections.
@@ -45,10 +45,10 @@ class Projections:
             params["conv"] = {n: identity_conv(self.conv_window, shape) for n, shape in self._shapes.items()}
         return params
 
-    def tails(self) -> dict[str, jax.Array]:
+    def tails(self, dtype: Any) -> dict[str, jax.Array]:
         """The convolutions' inputs before the first token: none."""
         rows = max(self.conv_window - 1, 0)
-        return {n: jnp.zeros((rows, *shape), jnp.float32) for n, shape in self._shapes.items()}
+        return {n: jnp.zeros((rows, *shape), dtype) for n, shape in self._shapes.items()}
 
     def __call__(
         self, params: Params, tails: dict[str, jax.Array], r_TD: jax.Array, mask_T: jax.Array | None
@@ -135,11 +135,12 @@ def memory_layer(
         return params
 
     def init_state(params: Params) -> MemoryLayerState:
+        dtype = params["wq"].dtype
         if learned_start:
             weights = tuple(params["start"][f"level_{i}"] for i in range(len(params["start"])))
         else:
-            weights = start(jax.random.key(0))
-        return MemoryLayerState(memory.init(weights), projections.tails())
+            weights = jax.tree.map(lambda w: w.astype(dtype), start(jax.random.key(0)))
+        return MemoryLayerState(memory.init(weights), projections.tails(dtype))
 
     def apply(params: Params, state: MemoryLayerState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         tails, tokens = projections(params, state.tails, r_TD, mask_T)

@@ -16,6 +16,7 @@ from flax import nnx
 from hope_jax.gates import Gates, discretised, fixed_decay, no_gates, read_outs, retained, step_size
 from hope_jax.memories import mlp_memory
 from hope_jax.memory_layer import Projections, memory_layer
+from hope_jax.recurrent import lstm, self_referential
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
 from hope_jax.sequence import (
     deep_linear_attention,
@@ -31,6 +32,8 @@ from hope_jax.titans import titans_lmm
 
 from .attention import Attention
 from .mixer import Mixer
+from .titans_attention import GatedByMemory, MemoryThenAttention, memory_as_context
+from .window_attention import WindowAttention
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -41,6 +44,7 @@ class Architecture(NamedTuple):
 
     mixers: tuple[Callable[[ModelConfig, nnx.Rngs], nnx.Module], ...]  # of consecutive layers; a hybrid has several
     channel: Literal["mlp", "cms"] = "mlp"  # what follows a mixer
+    rotary: bool = False  # turns queries and keys by their position, in pairs of channels
     cache: bool = False  # keeps keys and values, of at most `max_length` tokens
     chunked: bool = False  # reads what whole chunks of `chunk_mem` tokens wrote
 
@@ -91,6 +95,26 @@ def _titans(c: ModelConfig) -> SequenceLayer:
     memory = mlp_memory(c.head_width, c.memory_hidden, residual=False)
     gates = read_outs(eta=step_size(c.eta_init), log_alpha=retained(0.99), log_mu=retained(0.5))
     return memory_layer(titans_lmm(memory, c.chunk_mem, read=c.read), _projections(c, gates), learned_start=True)
+
+
+def _titans_mac(c: ModelConfig) -> SequenceLayer:
+    return memory_as_context(
+        c.dim,
+        c.heads,
+        hidden=c.memory_hidden,
+        segment=c.chunk_mem,
+        persistent=c.persistent,
+        eta_init=c.eta_init,
+        theta=c.rope_theta,
+    )
+
+
+def _lstm(c: ModelConfig) -> SequenceLayer:
+    return lstm(c.dim)
+
+
+def _self_referential(c: ModelConfig) -> SequenceLayer:
+    return self_referential(c.dim, c.heads)
 
 
 def _self_modifying(c: ModelConfig) -> SequenceLayer:
@@ -153,11 +177,32 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     return Attention(c.dim, c.heads, capacity=c.max_length, theta=c.rope_theta, out_gain=c.out_gain, rngs=rngs)
 
 
+def _window_attention(c: ModelConfig, rngs: nnx.Rngs) -> WindowAttention:
+    return WindowAttention(c.dim, c.heads, window=c.window, theta=c.rope_theta, out_gain=c.out_gain, rngs=rngs)
+
+
+def _titans_mag(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    attention = _titans_window(c, 1.0, rngs)
+    return GatedByMemory(attention, _titans(c), dim=c.dim, heads=c.heads, out_gain=c.out_gain, rngs=rngs)
+
+
+def _titans_mal(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return MemoryThenAttention(_titans_window(c, c.out_gain, rngs), _titans(c), dim=c.dim, heads=c.heads, rngs=rngs)
+
+
+def _titans_window(c: ModelConfig, out_gain: float, rngs: nnx.Rngs) -> WindowAttention:
+    sizes = {"window": c.window, "theta": c.rope_theta, "persistent": c.persistent}
+    return WindowAttention(c.dim, c.heads, **sizes, out_gain=out_gain, rngs=rngs)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "hope": Architecture((_mix(_self_modifying),), channel="cms", chunked=True),
-    "hope_attention": Architecture((_attention,), channel="cms", cache=True),
+    "hope_attention": Architecture((_attention,), channel="cms", cache=True, rotary=True),
     "self_modifying_titans": Architecture((_mix(_self_modifying),), chunked=True),
     "titans": Architecture((_mix(_titans),), chunked=True),
+    "titans_mac": Architecture((_mix(_titans_mac),), rotary=True),
+    "titans_mag": Architecture((_titans_mag,), rotary=True, chunked=True),
+    "titans_mal": Architecture((_titans_mal,), rotary=True, chunked=True),
     "ttt_linear": Architecture((_mix(_ttt_linear),)),
     "ttt_mlp": Architecture((_mix(_ttt_mlp),)),
     "dla": Architecture((_mix(_deep_linear_attention),), chunked=True),
@@ -166,5 +211,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba2": Architecture((_mix(_mamba2),)),
     "retnet": Architecture((_mix(_retnet),)),
     "linear_attention": Architecture((_mix(_linear_attention),)),
-    "transformer": Architecture((_attention,), cache=True),
+    "samba": Architecture((_mix(_mamba2), _window_attention), rotary=True),
+    "swa": Architecture((_window_attention,), rotary=True),
+    "transformer": Architecture((_attention,), cache=True, rotary=True),
+    "lstm": Architecture((_mix(_lstm),)),
+    "srwm": Architecture((_mix(_self_referential),)),
 }

@@ -50,6 +50,8 @@ class ModelConfig:
       cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.
       bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
       mlp_hidden: hidden width of the SwiGLU of architectures without CMS; None = 8/3 dim, to the next multiple of 8.
+      window: tokens a sliding-window attention sees, the current one included.
+      persistent: learned vectors that Titans' attention sees beside its window.
       max_length: tokens the attention cache holds.
       rope_theta: base of the rotary wavelengths.
       tie_embeddings: the head reuses the embedding.
@@ -88,6 +90,8 @@ class ModelConfig:
     cms_eta: float = 0.1
     bptt_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
+    window: int = 64
+    persistent: int = 4
     max_length: int = 2048
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
@@ -186,6 +190,8 @@ def _check_sizes(config: ModelConfig) -> None:
         "memory_hidden",
         "chunk_proj",
         "chunk_mem",
+        "window",
+        "persistent",
         "max_length",
     ):
         _require_positive(field, getattr(config, field))
@@ -199,7 +205,7 @@ def _check_sizes(config: ModelConfig) -> None:
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
-        not config.architecture.cache or config.head_width % 2 == 0,
+        not config.architecture.rotary or config.head_width % 2 == 0,
         f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
         f"heads={config.heads}",
     )

@@ -47,8 +47,8 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
         if fitted is not None:
             return fitted
     raise ValueError(
-        f"no width and dim up to {2 * config.dim} give {config.layers} layers of {config.name} {target} parameters within "
-        f"{TOLERANCE:.0%}; change layers or dim"
+        f"no width and dim up to {2 * config.dim} give {config.layers} layers of {config.name} {target} parameters "
+        f"within {TOLERANCE:.0%}; change layers or dim"
     )
 
 

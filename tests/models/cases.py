@@ -26,7 +26,7 @@ CASES = {
     ),
     "hope_fast": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16, 16)),
     **{
-        name: dataclasses.replace(_SMALL, name=name, max_length=24, eta_init=0.1)
+        name: dataclasses.replace(_SMALL, name=name, max_length=24, window=12, eta_init=0.1)
         for name in sorted(set(ARCHITECTURES) - {"transformer", "hope_attention", "hope"})
     },
 }
