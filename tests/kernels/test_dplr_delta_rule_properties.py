@@ -1,5 +1,7 @@
 """What holds for every implementation, whatever the numbers; and wrong calls say what was wrong."""
 
+import doctest
+import importlib
 from functools import cache, partial
 from typing import Any
 
@@ -82,11 +84,10 @@ def test_the_tile_changes_nothing(arguments):
         assert_close(jit(call(block_t=block_t))(**arguments), one_tile)
 
 
-@EVERY
 @pytest.mark.parametrize(("at", "exact"), [(16, True), (11, False)])
-def test_two_calls_are_one(implementation, arguments, at, exact):
+def test_two_calls_are_one(arguments, at, exact):
     """Bit for bit when the split falls between tiles."""
-    run = run_of(implementation)
+    run = run_of("xla")
     first = run(**{n: a[:, :at] if n in TIME_ARGUMENTS else a for n, a in arguments.items()})
     second = run(**{n: arguments[n][:, at:] for n in TIME_ARGUMENTS}, initial_state=first.state)
     found = (jnp.concatenate([first.y, second.y], axis=1), second.state)
@@ -181,6 +182,12 @@ def test_memory_of_the_gradient_grows_linearly():
     inputs, states = 2 * 2048 * 6 * 32 * 4, 2 * (2048 // 32) * 32 * 32 * 4
     assert long <= 4.5 * short
     assert long <= 4 * (inputs + states)
+
+
+@pytest.mark.parametrize("name", ["api", "step"])
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(f"hope_kernels.dplr_delta_rule.{name}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_the_benchmark_measures_it():

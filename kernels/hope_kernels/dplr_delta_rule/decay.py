@@ -1,4 +1,4 @@
-"""Products of readers with earlier writers, each channel faded by what is retained between the two (P4), (P5).
+"""Products of readers with earlier writers, each channel faded by what is retained between the two, (P4) by (P6).
 
     A[t, i] = sum_k r_t[k] alpha_{i+1}[k] ... alpha_t[k] w_i[k]    for i <= t, else 0
 

@@ -1,4 +1,4 @@
-"""One tile of one head, (P3)-(P6): q, k, b, c, log_alpha [C, K], u [C, V], reset [C], the state [K, V].
+"""One tile of one head, (P3)-(P5): q, k, b, c, log_alpha [C, K], u [C, V], reset [C], the state [K, V].
 
 State, decays, the triangular system and E are in the state dtype (float32, or float64); products with q, k, u, b and c
 take the input dtype and accumulate in the state dtype.
@@ -20,7 +20,8 @@ def tile(read: str, inputs: Inputs, s_KV: jax.Array) -> tuple[jax.Array | None, 
     q, k, u, b, c, log_alpha, reset = inputs
     product = partial(dot, dtype=k.dtype, accumulate=s_KV.dtype)
     start_C1, token_CC = _reach(reset, k.shape[0])
-    # Who reads, and whether before the token's own write: c always does, and is then a reader of the token before.
+    # Who reads, and whether before the token's own write: c always does. It is then a reader one token earlier, and its
+    # scores are moved down again; the row that `roll` brings round to the end drops out there.
     readers = [(c, True)] if q is None else [(c, True), (q, read == "before")]
     ahead_RCK = jnp.stack([jnp.roll(x, -1, axis=0) if early else x for x, early in readers])
     writers_WCK = jnp.stack([b, k])
