@@ -1,10 +1,11 @@
-"""LSTM and the self-referential weight matrix against loops in NumPy float64."""
+"""LSTM, the self-referential weight matrix and RWKV-7 against loops in NumPy float64."""
 
 import jax
 import numpy as np
 import pytest
 
 from hope_jax.recurrent import lstm, self_referential
+from hope_jax.rwkv7 import rwkv7
 from tests.oracles import assert_close, compiled, float64, numpy64, sigmoid
 
 D, T = 6, 7
@@ -43,6 +44,50 @@ def self_referential_loop(params, r, heads):
             y.append(made[:width])
         ys.append(np.concatenate(y))
     return np.stack(ys), np.stack([w.T for w in columns])
+
+
+def rwkv7_loop(params, r, heads):
+    """As printed, with the state [V, K] and row vectors."""
+    width, last = D // heads, np.zeros(D)
+    states, ys = [np.zeros((width, width)) for _ in range(heads)], []
+    small = lambda p, x, between: between(x @ p["w1"]) @ p["w2"] + p["bias"]  # noqa: E731
+    for t in range(T):
+        x = {n: r[t] + (last - r[t]) * params["shift"][f"{n}_scale"] for n in ("r", "k", "v", "decay", "rate", "gate")}
+        last = r[t]
+        receptance, key, value = (x[n] @ params[f"w{n}"] for n in "rkv")
+        rate = sigmoid(small(params["rate"], x["rate"], lambda z: z))
+        decay = np.exp(-np.exp(-0.5) * sigmoid(small(params["decay"], x["decay"], np.tanh)))
+        removal = key * params["removal"]["scale"]
+        replacement = key * (1 + (rate - 1) * params["replacement"]["scale"])
+        y = np.zeros(D)
+        for h in range(heads):
+            at = slice(h * width, (h + 1) * width)
+            kappa = removal[at] / np.sqrt(np.sum(removal[at] ** 2) + 1e-12)
+            transition = np.diag(decay[at]) - np.outer(kappa, rate[at] * kappa)
+            states[h] = states[h] @ transition + np.outer(value[at], replacement[at])
+            read = states[h] @ receptance[at]
+            normed = (read - read.mean()) / np.sqrt(read.var() + 64e-5)
+            bonus = receptance[at] @ (params["bonus"]["scale"][at] * replacement[at]) * value[at]
+            y[at] = normed * params["norm"]["scale"][at] + params["norm"]["bias"][at] + bonus
+        ys.append(y * small(params["gate"], x["gate"], sigmoid))
+    return np.stack(ys), np.stack([s.T for s in states])
+
+
+def test_rwkv7(x64, rng):
+    """With random scales and biases, in two calls."""
+    layer = rwkv7(D, heads=2, rank=3)
+    params = jax.tree.map(lambda w: w + 0.3 * rng.normal(size=w.shape), numpy64(layer.init(jax.random.key(0))))
+    r = rng.normal(size=(T, D))
+
+    def run(params, r):
+        state, head = layer.apply(params, layer.init_state(params), r[:3])
+        state, tail = layer.apply(params, state, r[3:])
+        return state.memory, (head, tail)
+
+    memory, (head, tail) = compiled(run)(float64(params), r)
+    want_y, want = rwkv7_loop(params, r, heads=2)
+    assert_close(np.concatenate([head, tail]), want_y, 1e-11)  # the norm divides by the spread of three numbers
+    assert_close(memory, want)
 
 
 @pytest.mark.parametrize("name", ["lstm", "srwm"])

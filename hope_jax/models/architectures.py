@@ -17,6 +17,7 @@ from hope_jax.gates import Gates, discretised, fixed_decay, no_gates, read_outs,
 from hope_jax.memories import mlp_memory
 from hope_jax.memory_layer import Projections, memory_layer
 from hope_jax.recurrent import lstm, self_referential
+from hope_jax.rwkv7 import rwkv7
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
 from hope_jax.sequence import (
     deep_linear_attention,
@@ -177,6 +178,11 @@ def _attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
     return Attention(c.dim, c.heads, capacity=c.max_length, theta=c.rope_theta, out_gain=c.out_gain, rngs=rngs)
 
 
+def _rwkv7(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """Its norm and its gate are inside."""
+    return Mixer(rwkv7(c.dim, c.heads), dim=c.dim, heads=None, gated=False, out_gain=c.out_gain, rngs=rngs)
+
+
 def _window_attention(c: ModelConfig, rngs: nnx.Rngs) -> WindowAttention:
     return WindowAttention(c.dim, c.heads, window=c.window, theta=c.rope_theta, out_gain=c.out_gain, rngs=rngs)
 
@@ -208,6 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dla": Architecture((_mix(_deep_linear_attention),), chunked=True),
     "delta_net": Architecture((_mix(_delta_net),)),
     "gated_delta_net": Architecture((_mix(_gated_delta_net),)),
+    "rwkv7": Architecture((_rwkv7,)),
     "mamba2": Architecture((_mix(_mamba2),)),
     "retnet": Architecture((_mix(_retnet),)),
     "linear_attention": Architecture((_mix(_linear_attention),)),

@@ -17,7 +17,8 @@ class Mixer(nnx.Module):
 
     Args:
       layer: for one example, [T, D] in, [T, width] out; its parameters live here under `memory`.
-      dim, width, heads: D, the layer's output width, and the groups of channels that are normalised.
+      dim, width, heads: D, the layer's output width, and the groups of channels that are normalised (None: the layer
+        has a norm of its own).
       gated: multiply by the gate.
       out_gain: scale of the map out.
     """
@@ -27,7 +28,7 @@ class Mixer(nnx.Module):
         layer: SequenceLayer,
         *,
         dim: int,
-        heads: int,
+        heads: int | None,
         width: int | None = None,
         gated: bool,
         out_gain: float,
@@ -35,7 +36,8 @@ class Mixer(nnx.Module):
     ):
         self.layer, width = layer, width or dim
         self.memory = nnx.data(jax.tree.map(nnx.Param, layer.init(rngs.params())))
-        self.head_norm = RMSNorm(width, groups=heads)
+        if heads is not None:
+            self.head_norm = RMSNorm(width, groups=heads)
         self.gated = gated
         if gated:
             self.w_gate = matrix(rngs, dim, width)
@@ -58,7 +60,9 @@ class Mixer(nnx.Module):
             state, a_BTD = jax.vmap(lambda s, r, m: self.layer.apply(params, s, r, phase=phase, mask_T=m))(
                 state, r_BTD, mask_BT
             )
-        y_BTD = self.head_norm(a_BTD.astype(r_BTD.dtype))
+        y_BTD = a_BTD.astype(r_BTD.dtype)
+        if hasattr(self, "head_norm"):
+            y_BTD = self.head_norm(y_BTD)
         if self.gated:
             y_BTD = y_BTD * jax.nn.silu(matmul(r_BTD, self.w_gate))
         return state, matmul(y_BTD, self.w_out)
