@@ -129,6 +129,22 @@ def test_list(capsys):
     assert main(["bench", "kernels", "--list"]) == 0
     out = capsys.readouterr().out
     assert "delta_rule: implementations" in out and "* short" in out and "hope_1300m_chunk" in out
+    assert "mlp_memory: implementations" in out and "* titans_layer" in out and "hope_1300m_memory" in out
+
+
+def test_an_operation_takes_part_with_the_implementations_it_has():
+    from hope_jax.bench.command import OPS, _plan
+
+    def planned(**request):
+        return {
+            (work.op.name, work.shape, work.implementations) for work in _plan(list(OPS.values()), Request(**request))
+        }
+
+    assert planned(implementations=["straightforward"], shapes=["short", "titans_layer"]) == {
+        ("delta_rule", "short", ("straightforward",)),
+        ("mlp_memory", "titans_layer", ("straightforward",)),
+    }
+    assert not set.intersection(*(set(op.specs) for op in OPS.values()))  # so that a shape names its operation
 
 
 def test_help_shows_how_to_start(capsys):
@@ -165,6 +181,9 @@ def test_static_figures_are_labelled(monkeypatch, capsys):
         (["--shape", "shrot"], "unknown shape 'shrot'; did you mean 'short'? there are: short, layer"),
         (["--impl", "xl"], "unknown implementation 'xl'; did you mean 'xla'? there are: "),
         (["--mode", "backward"], "unknown mode 'backward'; did you mean 'forward'?"),
+        (["--op", "mlp_memory", "--impl", "pallas_tpu"], "unknown implementation 'pallas_tpu'"),
+        (["--op", "mlp_memory", "--static", "v6e"], "mlp_memory has no kernel for TPUs yet"),
+        (["--shape", "titans_layer", "--impl", "pallas_tpu"], "pallas_tpu is not of an operation with titans_layer"),
         (["--static", "v7"], "unknown chip 'v7'"),
         (["--static", "v6e", "--shape", "short"], "leave out --shape"),
         (["--shape", "layer_momentum", "--impl", "straightforward"], "it is written for erase and decay"),

@@ -16,8 +16,9 @@ from hope_kernels.benchmarking import machine_line
 from hope_kernels.chips import Chip, detect
 from hope_kernels.delta_rule import bench as delta_rule_bench
 from hope_kernels.measuring import MODES, Measurement, Mode, Op, measure
+from hope_kernels.mlp_memory import bench as mlp_memory_bench
 
-OPS: dict[str, Op] = {op.name: op for op in (delta_rule_bench.OP,)}
+OPS: dict[str, Op] = {op.name: op for op in (delta_rule_bench.OP, mlp_memory_bench.OP)}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 WIDTHS = (32, 64, 128, 256)
 TILES = (16, 32, 64, 128)
@@ -102,8 +103,11 @@ def _plan(ops: Sequence[Op], request: Request) -> list[Work]:
     work = []
     for op in ops:
         for shape in request.shapes or op.defaults(platform):
-            if shape in op.specs:
-                work.append(Work(op, shape, _able(op, shape, request.implementations)))
+            asked = [name for name in request.implementations if name in op.implementations]
+            if shape in op.specs and (asked or not request.implementations):
+                work.append(Work(op, shape, _able(op, shape, asked)))
+    if not work:
+        raise UserError(f"{', '.join(request.implementations)} is not of an operation with {', '.join(request.shapes)}")
     return work
 
 
@@ -113,7 +117,7 @@ def _able(op: Op, shape: str, asked: Sequence[str]) -> tuple[str, ...]:
     if not asked:
         return tuple(name for name in op.implementations if name != "reference" and op.reason(name, spec) is None)
     for name in asked:
-        reason = op.reason(name, spec) if name in op.implementations else f"{op.name} has no such implementation"
+        reason = op.reason(name, spec)
         if reason is not None:
             raise UserError(f"{name} cannot run {op.name} on {shape}: {reason}{_remedy(op, name)}")
     return tuple(asked)

@@ -34,7 +34,7 @@ class Op(NamedTuple):
     implementations: tuple[str, ...]
     make_case: Callable[[Any], Any]  # spec -> case
     shapes: Callable[[Any], Any]  # spec -> the case as ShapeDtypeStruct
-    function: Callable[[str, Mode, int | None], Callable[[Any], Any]]  # implementation, mode, block_t -> f(case)
+    function: Callable[[Any, str, Mode, int | None], Callable[[Any], Any]]  # spec, name, mode, block_t -> f(case)
     reason: Callable[[str, Any], str | None]  # why an implementation cannot do a spec on this machine
     chosen: Callable[[Any], str]  # the implementation that `implementation=None` takes
     cost: Callable[[Any, Mode, int | None], Cost]
@@ -142,7 +142,7 @@ def measure(
     """
     spec = op.specs[shape] if spec is None else spec
     case = op.make_case(spec)
-    native = {name: op.function(name, mode, block_t) for name in implementations if name not in op.foreign}
+    native = {name: op.function(spec, name, mode, block_t) for name in implementations if name not in op.foreign}
     samples = sample_side_by_side(native, case, repeats=repeats, seconds=seconds)
     for name in implementations:
         if name in op.foreign:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from hope_kernels import delta_rule
+from hope_kernels import delta_rule, delta_rule_sharded
 from hope_kernels.aot import Job, report, reports
+from hope_kernels.delta_rule.arg_specs import ArgSpec, argument_shapes
 from hope_kernels.delta_rule.pallas_tpu import budget
 from tests.kernels import aot_calls
 
@@ -74,6 +75,48 @@ def test_nothing_is_gathered_on_a_mesh(topology, axes):
     assert text.count("tpu_custom_call") >= 2
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
+
+
+SPEC = ArgSpec(batch=8, tokens=128, heads=8, key_width=128, value_width=128, key_heads=4, dtype="bfloat16")
+SHAPES = argument_shapes(SPEC)
+LYING = {
+    name: PartitionSpec("data", "tensor") if name == "initial_state" else PartitionSpec("data", None, "tensor")
+    for name in SHAPES
+}
+
+
+def public_gradient(how: str, mesh: Any, *arrays: jax.Array) -> Any:
+    """Value and gradient of the public function on arrays divided by batch and heads; `how` says who divides it."""
+    run: Any = partial(delta_rule_sharded, mesh=mesh, batch="data", heads="tensor") if how == "by hand" else delta_rule
+
+    def loss(arrays):
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in run(**arrays) if x is not None)
+
+    def gradient(arrays):
+        out, pullback = jax.vjp(loss, arrays)
+        return pullback(jnp.ones_like(out))
+
+    arguments = dict(zip(SHAPES, arrays, strict=True))
+    if how != "by type":
+        return gradient(arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.sharding.explicit_axes(gradient, in_sharding=(LYING,))(arguments)
+
+
+def public_jobs() -> list[Job]:
+    axes = {"data": 4, "tensor": 4}
+    return [
+        Job("v5e:4x4", partial(public_gradient, how), [*SHAPES.values()], "", axes, [*LYING.values()], False)
+        for how in ("by hand", "by type", "by the compiler")
+    ]
+
+
+@pytest.mark.slow
+def test_the_public_function_on_a_mesh_gathers_nothing():
+    texts = [found.text for found in reports(public_jobs)]
+    assert [text.count('custom_call_target="tpu_custom_call"') for text in texts] == [2, 2, 0]
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert not any(collective in text for text in texts)
 
 
 def gradient_with_policy(names: tuple[str, ...], *arrays: Any) -> Any:

@@ -71,7 +71,7 @@ def test_gradients_are_of_every_floating_point_array():
     spec = SPEC._replace(documents=2, momentum=True)
     inputs, cotangents = bench.make_case(spec)
     assert len(cotangents) == 3
-    out, gradients = jax.jit(bench.function("xla", "forward+gradients", 16))((inputs, cotangents))
+    out, gradients = jax.jit(bench.function(spec, "xla", "forward+gradients", 16))((inputs, cotangents))
     assert len(out) == 3
     assert set(gradients) == set(inputs) - {"segment_ids"}
 

@@ -1,12 +1,15 @@
 """The public function: checks, masks and dtypes are settled here, once, for every implementation."""
 
-from typing import Literal
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from hope_kernels.delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from hope_kernels.delta_rule.config import Config
+from hope_kernels.delta_rule.mesh import divide, division_by_type, undividable
 from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import (
     DeltaRuleOutput,
@@ -17,9 +20,19 @@ from hope_kernels.delta_rule.types import (
 )
 from hope_kernels.dispatch import Implementation, dispatch
 
+
+def _kernel(module: ModuleType) -> Implementation:
+    """A Pallas kernel, which cannot run where the compiler would have to divide it."""
+
+    def cannot_run(inputs: Inputs, state: State, **how: Any) -> str | None:
+        return module.cannot_run(inputs, state, **how) or undividable((inputs, state))
+
+    return Implementation(module.forward, cannot_run, module.unsuited)
+
+
 IMPLEMENTATIONS = {  # the preferred one first
-    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.cannot_run, pallas_tpu.unsuited),
-    "pallas_gpu": Implementation(pallas_gpu.forward, pallas_gpu.cannot_run, pallas_gpu.unsuited),
+    "pallas_tpu": _kernel(pallas_tpu),
+    "pallas_gpu": _kernel(pallas_gpu),
     "xla": Implementation(xla.forward),
     "reference": Implementation(reference.forward),
 }
@@ -87,7 +100,8 @@ def delta_rule(
             of the state ("xla") or solves the triangular system in three passes (kernels); "fast" lets kernels use
             single passes in their gradients too. Other inputs are always computed at full precision.
         implementation: a name of `IMPLEMENTATIONS`, or None for the fastest that can run; `hope_kernels.explain`
-            tells which. A named one runs or raises.
+            tells which. A named one runs or raises. Kernels do not run where the compiler would have to divide them
+            over a mesh: see `delta_rule_sharded`.
         config: how the work is cut; changes the speed, never the numbers. None chooses.
 
     Returns:
@@ -111,6 +125,14 @@ def delta_rule(
     """
     _check_options(read, precision, initial_momentum, log_mu)
     _check_arrays(q, k, u, eta, log_alpha, log_mu, initial_state, initial_momentum, mask, segment_ids)
+    arrays = dict(q=q, k=k, u=u, eta=eta, log_alpha=log_alpha, log_mu=log_mu, mask=mask, segment_ids=segment_ids)
+    arrays |= dict(initial_state=initial_state, initial_momentum=initial_momentum)
+    present = {name: x for name, x in arrays.items() if x is not None}
+    division = division_by_type(present)
+    if division is not None:
+        options: Any = dict(read=read, scale=scale, precision=precision, implementation=implementation, config=config)
+        return divide(partial(delta_rule, **options), division, present)
+
     dtype = jnp.result_type(k, u) if q is None else jnp.result_type(q, k, u)
     wide = state_dtype(dtype)
     batch, tokens, heads, value_width = u.shape

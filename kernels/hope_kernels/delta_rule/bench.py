@@ -7,40 +7,30 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from hope_kernels import timed_calls
 from hope_kernels.chips import CHIPS
 from hope_kernels.delta_rule import flash_linear_attention, straightforward
 from hope_kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
 from hope_kernels.delta_rule.arg_specs import ARG_SPECS, ArgSpec, argument_shapes, make_arguments
 from hope_kernels.delta_rule.config import Config, tpu_sizes
 from hope_kernels.delta_rule.cost import TILE, cost, kernel_cost
-from hope_kernels.dispatch import explain
 from hope_kernels.measuring import Mode, Op, StaticRow
+from hope_kernels.timed_calls import Case
 
 # The chunked form as one would first write it; see the module of that name.
 STRAIGHTFORWARD = "straightforward"
 FOREIGN = "flash_linear_attention"
 
-type Case = tuple[dict[str, Any], list[Any]]  # the arrays by name, and a cotangent for each output
-
 
 def make_case(spec: ArgSpec) -> Case:
     """Arguments and random cotangents."""
-    rng = np.random.default_rng(1)
-    outputs = _output_shapes(argument_shapes(spec))
-    return make_arguments(spec), [jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in outputs]
+    return timed_calls.make_case(partial(outputs, "reference", None), make_arguments(spec))
 
 
 def shapes(spec: ArgSpec) -> Case:
     """`make_case` without the arrays."""
-    inputs = argument_shapes(spec)
-    return inputs, _output_shapes(inputs)
-
-
-def _output_shapes(inputs: dict[str, Any]) -> list[Any]:
-    return jax.eval_shape(partial(outputs, "reference", None), inputs)
+    return timed_calls.make_case(partial(outputs, "reference", None), argument_shapes(spec))
 
 
 def outputs(implementation: str | None, block_t: int | None, inputs: dict[str, Any]) -> list[jax.Array]:
@@ -51,23 +41,10 @@ def outputs(implementation: str | None, block_t: int | None, inputs: dict[str, A
     return [x for x in out if x is not None]
 
 
-def forward(implementation: str | None, block_t: int | None, case: Case) -> list[jax.Array]:
-    """The outputs."""
-    return outputs(implementation, block_t, case[0])
-
-
-def with_gradients(implementation: str | None, block_t: int | None, case: Case) -> tuple[Any, Any]:
-    """The outputs, and the gradients of all floating-point arrays under the case's cotangents."""
-    inputs, cotangents = case
-    fixed = {name: x for name, x in inputs.items() if not jnp.issubdtype(x.dtype, jnp.floating)}
-    moving = {name: x for name, x in inputs.items() if name not in fixed}
-    out, pullback = jax.vjp(lambda moving: outputs(implementation, block_t, moving | fixed), moving)
-    return out, pullback(cotangents)[0]
-
-
-def function(implementation: str | None, mode: Mode, block_t: int | None) -> Any:
+def function(spec: ArgSpec, implementation: str, mode: Mode, block_t: int | None) -> Any:
     """What is timed, as a function of a case."""
-    return partial(forward if mode == "forward" else with_gradients, implementation, block_t)
+    del spec
+    return timed_calls.timed(partial(outputs, implementation, block_t), mode)
 
 
 def reason(implementation: str, spec: ArgSpec) -> str | None:
@@ -76,16 +53,12 @@ def reason(implementation: str, spec: ArgSpec) -> str | None:
         return flash_linear_attention.why_not(spec)
     if implementation == STRAIGHTFORWARD:
         return straightforward.why_not(spec)
-    try:
-        jax.eval_shape(function(implementation, "forward", None), shapes(spec))
-    except NotImplementedError as error:
-        return str(error).partition("cannot run: ")[2].partition("; there are: ")[0]
-    return None
+    return timed_calls.why_not(partial(outputs, implementation, None), argument_shapes(spec))
 
 
 def chosen(spec: ArgSpec) -> str:
     """What `implementation=None` takes on this machine."""
-    return explain(function(None, "forward", None), shapes(spec)).split("'")[1]
+    return timed_calls.chosen(partial(outputs, None, None), argument_shapes(spec))
 
 
 def defaults(platform: str) -> tuple[str, ...]:

@@ -1,75 +1,87 @@
-"""How fast the MLP memory is: the reference, and the chunked form with several groups, forward and with gradients.
+"""The MLP memory as the benchmark sees it: which shapes, which implementations, what a call is and what it costs.
 
-    python -m hope_kernels.mlp_memory.bench [--spec layer ...] [--repeats 9] [--json FILE]
-
-The base of the ratios is the chunked form that keeps every chunk's state. With the times, the temporaries that the
-compiler counts for the gradient.
+`hope bench kernels --op mlp_memory` measures it. Its tiles are groups of chunks: `--block-t 64` keeps a state every 64
+tokens, `--block-t 1` one before every chunk.
 """
 
-import argparse
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
-from hope_kernels.mlp_memory.api import mlp_memory
-from hope_kernels.mlp_memory.arg_specs import ARG_SPECS, TITANS, make_arguments
+from hope_kernels import timed_calls
+from hope_kernels.measuring import Mode, Op
+from hope_kernels.mlp_memory import straightforward
+from hope_kernels.mlp_memory.api import IMPLEMENTATIONS, mlp_memory
+from hope_kernels.mlp_memory.arg_specs import ARG_SPECS, TITANS, ArgSpec, argument_shapes, make_arguments
+from hope_kernels.mlp_memory.cost import cost
+from hope_kernels.timed_calls import Case
 
-BASE = "xla, group 1"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {"implementation": "reference"},
-    BASE: {"implementation": "xla", "group": 1},
-    "xla, group 4": {"implementation": "xla", "group": 4},
-    "xla, default group": {"implementation": "xla"},
-}
+STRAIGHTFORWARD = "straightforward"  # a checkpoint around every chunk; see the module of that name
 
 
-def run(specs: Sequence[str], repeats: int) -> list[Timing]:
-    """Timings of every variant on every named shape."""
-    timings = []
-    for name in specs:
-        arguments = make_arguments(ARG_SPECS[name])
-        chunk_size = ARG_SPECS[name].chunk_size
-        forward = {
-            v: partial(_forward, {**TITANS, **options, "chunk_size": chunk_size}) for v, options in VARIANTS.items()
-        }
-        gradients = {v: partial(_gradients, f) for v, f in forward.items()}
-        for variant, f in gradients.items():
-            program: Any = jax.jit(f).lower(arguments).compile()
-            size = program.memory_analysis().temp_size_in_bytes
-            print(f"{name}, {variant}: {size / 2**20:.1f} MiB of temporaries for the gradient")
-        for mode, functions in {"forward": forward, "forward+gradients": gradients}.items():
-            timings += time_side_by_side(functions, arguments, case=f"{name} {mode}", base=BASE, repeats=repeats)
-    return timings
+def outputs(spec: ArgSpec, implementation: str | None, block_t: int | None, inputs: dict[str, Any]) -> list[jax.Array]:
+    """Reads, final weights and, where there are any, final momenta."""
+    options: dict[str, Any] = {"chunk_size": spec.chunk_size, **({} if spec.erase else TITANS)}
+    if implementation == STRAIGHTFORWARD:
+        out = straightforward.checkpointed(**inputs, **options)
+    else:
+        group = None if block_t is None else max(block_t // spec.chunk_size, 1)
+        out = mlp_memory(**inputs, **options, group=group, implementation=implementation)
+    return [x for x in out if x is not None]
 
 
-def _forward(options: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    return mlp_memory(**arguments, **options)
+def make_case(spec: ArgSpec) -> Case:
+    """Arguments and random cotangents."""
+    return timed_calls.make_case(partial(outputs, spec, "reference", None), make_arguments(spec))
 
 
-def _gradients(forward: Any, arguments: dict[str, Any]) -> Any:
-    def loss(arguments):
-        return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(forward(arguments)))
-
-    return jax.grad(loss)(arguments)
+def shapes(spec: ArgSpec) -> Case:
+    """`make_case` without the arrays."""
+    return timed_calls.make_case(partial(outputs, spec, "reference", None), argument_shapes(spec))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--spec", nargs="+", choices=list(ARG_SPECS), default=list(ARG_SPECS))
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", help="also write machine and timings to this file")
-    options = parser.parse_args(argv)
-    print(machine_line())
-    timings = run(options.spec, options.repeats)
-    print(table(timings))
-    if options.json:
-        write_json(options.json, timings)
+def function(spec: ArgSpec, implementation: str, mode: Mode, block_t: int | None) -> Any:
+    """What is timed, as a function of a case."""
+    return timed_calls.timed(partial(outputs, spec, implementation, block_t), mode)
 
 
-if __name__ == "__main__":
-    main()
+def reason(implementation: str, spec: ArgSpec) -> str | None:
+    """Why `implementation` cannot run `spec` on this machine, as one phrase, or None."""
+    if implementation == STRAIGHTFORWARD:
+        return straightforward.why_not(spec)
+    return timed_calls.why_not(partial(outputs, spec, implementation, None), argument_shapes(spec))
+
+
+def chosen(spec: ArgSpec) -> str:
+    """What `implementation=None` takes on this machine."""
+    return timed_calls.chosen(partial(outputs, spec, None, None), argument_shapes(spec))
+
+
+def defaults(platform: str) -> tuple[str, ...]:
+    """The shapes measured where none is named."""
+    if platform == "cpu":
+        return ("titans_layer", "titans_layer_2048", "hope_layer")
+    return tuple(name for name in ARG_SPECS if name.endswith("_memory"))
+
+
+def resize(spec: ArgSpec, tokens: int | None, width: int | None) -> ArgSpec:
+    """`spec` with other lengths, or with keys and hidden layer of another width."""
+    spec = spec if tokens is None else spec._replace(tokens=tokens)
+    return spec if width is None else spec._replace(width=width, hidden=width)
+
+
+OP = Op(
+    name="mlp_memory",
+    specs=ARG_SPECS,
+    defaults=defaults,
+    implementations=(*IMPLEMENTATIONS, STRAIGHTFORWARD),
+    make_case=make_case,
+    shapes=shapes,
+    function=function,
+    reason=reason,
+    chosen=chosen,
+    cost=cost,
+    resize=resize,
+    foreign={},
+)

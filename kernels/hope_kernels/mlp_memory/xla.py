@@ -21,13 +21,10 @@ def forward(
     padded = -(-chunks // group) * group * chunk_size
     if inputs.log_mu is not None and inputs.mask is None and padded > tokens:
         inputs = inputs._replace(mask=jnp.ones_like(inputs.log_mu))
-    split = jax.tree.map(lambda x: _chunks(x, chunk_size, padded), inputs)
+    split = jax.tree.map(lambda x: split_chunks(x, chunk_size, padded), inputs)
     out: tuple[jax.Array | None, State] = walk(jax.vmap(partial(chunk, options)), group, split, state)
     y, end = out
-    if y is not None:
-        y = jnp.moveaxis(y, (0, 1, 2, 3), (1, 0, 3, 2))  # [N, B, H, C, K] -> [B, N, C, H, K]
-        y = y.reshape(y.shape[0], padded, *y.shape[3:])[:, :tokens]
-    return y, end
+    return None if y is None else join_chunks(y)[:, :tokens], end
 
 
 def default_group(chunks: int) -> int:
@@ -37,8 +34,14 @@ def default_group(chunks: int) -> int:
     return min(near, key=lambda group: (-chunks % group, chunks // group + group))
 
 
-def _chunks(x: jax.Array, chunk_size: int, padded: int) -> jax.Array:
+def split_chunks(x: jax.Array, chunk_size: int, padded: int) -> jax.Array:
     """[B, T, H, ...] -> [N, B, H, C, ...], zeros after the last token."""
     x = jnp.pad(x, [(0, 0), (0, padded - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
     return jnp.moveaxis(x, (0, 1, 2, 3), (1, 0, 3, 2))
+
+
+def join_chunks(y: jax.Array) -> jax.Array:
+    """The inverse of `split_chunks`: [N, B, H, C, K] -> [B, T, H, K]."""
+    y = jnp.moveaxis(y, (0, 1, 2, 3), (1, 0, 3, 2))
+    return y.reshape(y.shape[0], -1, *y.shape[3:])
