@@ -15,10 +15,11 @@ from hope_jax.training.overrides import one_line, unknown
 from hope_kernels.benchmarking import machine_line
 from hope_kernels.chips import Chip, detect
 from hope_kernels.delta_rule import bench as delta_rule_bench
+from hope_kernels.dplr_delta_rule import bench as dplr_bench
 from hope_kernels.measuring import MODES, Measurement, Mode, Op, measure
 from hope_kernels.mlp_memory import bench as mlp_memory_bench
 
-OPS: dict[str, Op] = {op.name: op for op in (delta_rule_bench.OP, mlp_memory_bench.OP)}
+OPS: dict[str, Op] = {op.name: op for op in (delta_rule_bench.OP, dplr_bench.OP, mlp_memory_bench.OP)}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 WIDTHS = (32, 64, 128, 256)
 TILES = (16, 32, 64, 128)

@@ -20,12 +20,12 @@ class ArgSpec(NamedTuple):
 
 ARG_SPECS = {
     # Small enough for a CPU.
-    "short": ArgSpec(1, 512, 4, 64, 64),
-    "layer": ArgSpec(2, 2048, 4, 64, 64),
-    "layer_bfloat16": ArgSpec(2, 2048, 4, 64, 64, dtype="bfloat16"),
+    "rwkv7_short": ArgSpec(1, 512, 4, 64, 64),
+    "rwkv7_layer": ArgSpec(2, 2048, 4, 64, 64),
+    "rwkv7_layer_bfloat16": ArgSpec(2, 2048, 4, 64, 64, dtype="bfloat16"),
     # For accelerators: RWKV-7 of 2,048 channels has 32 heads of 64.
-    "b8_t4096_h32_k64": ArgSpec(8, 4096, 32, 64, 64, dtype="bfloat16"),
-    "b8_t4096_h16_k128": ArgSpec(8, 4096, 16, 128, 128, dtype="bfloat16"),
+    "rwkv7_2048": ArgSpec(8, 4096, 32, 64, 64, dtype="bfloat16"),
+    "rwkv7_wide": ArgSpec(8, 4096, 16, 128, 128, dtype="bfloat16"),
 }
 
 

@@ -10,40 +10,33 @@ Counted are the products of this folder's README, a multiply-add as two operatio
 and the arrays of tokens and the states, written and read once; for gradients a state per tile as well.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from hope_kernels import timed_calls
 from hope_kernels.dplr_delta_rule.api import IMPLEMENTATIONS, dplr_delta_rule
 from hope_kernels.dplr_delta_rule.arg_specs import ARG_SPECS, ArgSpec, make_arguments
 from hope_kernels.dplr_delta_rule.xla import BLOCK_T
 from hope_kernels.measuring import Cost, Mode, Op
+from hope_kernels.timed_calls import Case
 
-type Case = tuple[dict[str, Any], list[Any]]  # the arrays by name, and a cotangent for each output
+
+def outputs(implementation: str | None, block_t: int | None, inputs: dict[str, Any]) -> list[jax.Array]:
+    """Reads and final state."""
+    return [x for x in dplr_delta_rule(**inputs, implementation=implementation, block_t=block_t) if x is not None]
 
 
 def make_case(spec: ArgSpec) -> Case:
     """Arguments and random cotangents."""
-    rng, arguments = np.random.default_rng(1), make_arguments(spec)
-    like = arguments["u"], arguments["initial_state"]
-    return arguments, [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in like]
+    return timed_calls.make_case(partial(outputs, "reference", None), make_arguments(spec))
 
 
-def function(implementation: str | None, mode: Mode, block_t: int | None) -> Any:
-    """What is timed: the outputs of a case, and with them the gradients of all its floating-point arrays."""
-
-    def forward(inputs: dict[str, Any]) -> list[jax.Array]:
-        return [x for x in dplr_delta_rule(**inputs, implementation=implementation, block_t=block_t) if x is not None]
-
-    def with_gradients(case: Case) -> tuple[Any, Any]:
-        fixed = {n: x for n, x in case[0].items() if not jnp.issubdtype(x.dtype, jnp.floating)}
-        moving = {n: x for n, x in case[0].items() if n not in fixed}
-        out, pullback = jax.vjp(lambda moving: forward(moving | fixed), moving)
-        return out, pullback(case[1])[0]
-
-    return (lambda case: forward(case[0])) if mode == "forward" else with_gradients
+def function(spec: ArgSpec, implementation: str | None, mode: Mode, block_t: int | None) -> Any:
+    """What is timed, as a function of a case."""
+    del spec
+    return timed_calls.timed(partial(outputs, implementation, block_t), mode)
 
 
 def cost(spec: ArgSpec, mode: Mode, block_t: int | None = None) -> Cost:
@@ -72,7 +65,7 @@ def resize(spec: ArgSpec, tokens: int | None, width: int | None) -> ArgSpec:
 OP = Op(
     name="dplr_delta_rule",
     specs=ARG_SPECS,
-    defaults=lambda platform: ("short", "layer", "layer_bfloat16") if platform == "cpu" else ("b8_t4096_h32_k64",),
+    defaults=lambda platform: ("rwkv7_short", "rwkv7_layer") if platform == "cpu" else ("rwkv7_2048",),
     implementations=tuple(IMPLEMENTATIONS),
     make_case=make_case,
     shapes=lambda spec: jax.eval_shape(lambda: make_case(spec)),
