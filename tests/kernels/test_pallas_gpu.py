@@ -81,13 +81,25 @@ def test_state_only(erase, config):
     "sizes",
     [
         {"key_width": 128, "value_width": 128},
-        pytest.param({"key_width": 64, "value_width": 256}, marks=pytest.mark.slow),
+        pytest.param({"key_width": 64, "value_width": 320}, marks=pytest.mark.slow),
         pytest.param({"key_width": 256, "value_width": 64}, marks=pytest.mark.slow),
         pytest.param({"key_width": 256, "value_width": 256}, marks=pytest.mark.slow),
     ],
 )
 def test_widths(sizes, config):
     check_against_oracle(arguments_of("documents", SPEC._replace(**sizes)), **how(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(Config(interpret=True, segments=2), id="simulated"),
+        pytest.param(Config(segments=2), id="gpu", marks=pytest.mark.gpu),
+    ],
+)
+def test_segments_side_by_side(config):
+    check_against_oracle(arguments_of("documents", SPEC), **how(config))
 
 
 @pytest.mark.parametrize("config", WHERE)
@@ -187,7 +199,7 @@ def refusal(config=SIMULATED, precision: Any = "default", **changes):
         ({"momentum": True}, "momentum (log_mu)"),
         ({"dtype": "float32"}, "not float32"),
         ({"key_width": 96}, "(64, 128, 256), not 96"),
-        ({"value_width": 320}, "(64, 128, 256), not 320"),
+        ({"value_width": 96}, "multiples of 64, not 96"),
         ({"config": Config(block_t=32, interpret=True)}, "block_t=32"),
         ({"precision": "high"}, "precision='high'"),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from hope_kernels.delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from hope_kernels.delta_rule.config import Config
+from hope_kernels.delta_rule.segments import in_segments
 from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import (
     DeltaRuleOutput,
@@ -18,9 +19,11 @@ from hope_kernels.delta_rule.types import (
 from hope_kernels.dispatch import Implementation, dispatch
 
 IMPLEMENTATIONS = {  # the preferred one first
-    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.cannot_run, pallas_tpu.unsuited),
-    "pallas_gpu": Implementation(pallas_gpu.forward, pallas_gpu.cannot_run, pallas_gpu.unsuited),
-    "xla": Implementation(xla.forward),
+    "pallas_tpu": Implementation(in_segments(pallas_tpu.forward), pallas_tpu.cannot_run, pallas_tpu.unsuited),
+    "pallas_gpu": Implementation(
+        in_segments(pallas_gpu.forward, pallas_gpu.segments), pallas_gpu.cannot_run, pallas_gpu.unsuited
+    ),
+    "xla": Implementation(in_segments(xla.forward)),
     "reference": Implementation(reference.forward),
 }
 READS = ("start", "before", "after")
