@@ -24,10 +24,10 @@ def cannot_run(inputs: Inputs, config: Config, precision: str) -> str | None:
         return "it has no momentum (log_mu); use implementation='xla'"
     if k.dtype != jnp.bfloat16:
         return f"it takes bfloat16 inputs, not {k.dtype}, its products would be too coarse; use implementation='xla'"
-    if precision == "high":
-        return "it has no float32 inverse (precision='high'); use implementation='xla'"
     if k.shape[3] not in KEY_WIDTHS:
         return f"its key widths are {KEY_WIDTHS}, not {k.shape[3]}; use implementation='xla'"
+    if k.shape[3] == 256 and precision == "high":
+        return "its memory has no room for precision='high' with keys of width 256; use implementation='xla'"
     if not u.shape[3] or u.shape[3] % COLUMNS:
         return f"its value widths are multiples of {COLUMNS}, not {u.shape[3]}; use implementation='xla'"
     if config.block_t not in (None, TILE):
@@ -49,7 +49,8 @@ def plan_call(inputs: Inputs, read: str, config: Config, precision: str) -> Plan
         erase=inputs.eta is not None,
         decay=inputs.log_alpha is not None,
         reset=inputs.reset is not None,
-        split=precision != "fast",
+        parts=2 if precision == "high" else 1,
+        square_parts=1 if precision == "fast" else 2,
         columns=128 if wide else 64,
         interpret=_simulator() if config.interpret is True else config.interpret,
     )
