@@ -13,7 +13,7 @@ from hope_kernels.delta_rule.arg_specs import ArgSpec, make_arguments
 from hope_kernels.delta_rule.pallas_gpu import choose
 from hope_kernels.delta_rule.types import Inputs
 from hope_kernels.testing import FAST_COMPILE, check_op
-from tests.kernels.cases import calls_of
+from tests.kernels.cases import arguments_of, calls_of, check_against_oracle
 
 SPEC = ArgSpec(batch=2, tokens=33, heads=2, key_width=5, value_width=3)
 SLOW = pytest.mark.slow
@@ -59,6 +59,13 @@ def test_many_segments_in_float64(x64):
     """A hundred segments: the maps are handed through without losing anything."""
     arguments = make_arguments(SPEC._replace(batch=1, heads=1, tokens=200, dtype="float64"))
     check(arguments, 100)
+
+
+@SLOW
+def test_around_a_tpu_kernel():
+    arguments = arguments_of("documents", ArgSpec(batch=1, tokens=40, heads=1, key_width=64, value_width=64))
+    config = Config(block_t=16, segments=2, interpret=True)
+    check_against_oracle(arguments, implementation="pallas_tpu", config=config)
 
 
 @SLOW
