@@ -13,26 +13,25 @@ pytestmark = [
     pytest.mark.aot_gpu,
     pytest.mark.skipif(not aot_gpu.available(), reason="needs jax's CUDA plugin: pip install 'jax[cuda13]'"),
 ]
+GATES = ("eta", "log_alpha")
 KERNELS = {f"delta_rule_{name}" for name in ("products", "scan", "reverse", "gradients")}
 
 
-def call(read, arguments, segment_ids, cotangents):
+def call(options, arguments, segment_ids, cotangents):
     """Forward and backward."""
+    how = {"implementation": "pallas_gpu"} | options | {"config": Config(**options.get("config", {}))}
 
     def run(arguments):
-        config = Config()
-        out: Any = delta_rule(
-            **arguments, segment_ids=segment_ids, read=read, implementation="pallas_gpu", config=config
-        )
+        out: Any = delta_rule(**arguments, segment_ids=segment_ids, **how)
         return out.y, out.state
 
     out, pullback = jax.vjp(run, arguments)
     return out, pullback(cotangents)
 
 
-def case(read, *sizes):
+def case(options, *sizes):
     """What is compiled, and for what shapes."""
-    return partial(call, read), shapes(*sizes)
+    return partial(call, options), shapes(*sizes)
 
 
 def shapes(batch, heads, key_width, value_width, gates, resets):
@@ -46,16 +45,25 @@ def shapes(batch, heads, key_width, value_width, gates, resets):
 
 @pytest.mark.parametrize(
     ("heads", "key_width", "value_width"),
-    [(2, 64, 64), (2, 128, 128), (256, 128, 128), (2, 256, 256), (256, 64, 256)],
+    [(2, 64, 64), (2, 128, 128), (256, 128, 128), (2, 256, 256), (256, 64, 256), (2, 64, 320)],
 )
 def test_nothing_is_spilled(heads, key_width, value_width):
     """Few heads: one warpgroup per block of the scans, many: two."""
-    check(aot_gpu.report(case, "after", 1, heads, key_width, value_width, ("eta", "log_alpha"), True))
+    check(aot_gpu.report(case, {}, 1, heads, key_width, value_width, GATES, True))
+
+
+@pytest.mark.parametrize(("heads", "key_width"), [(2, 64), (2, 128), (256, 128)])
+def test_high_precision(heads, key_width):
+    check(aot_gpu.report(case, {"precision": "high"}, 1, heads, key_width, key_width, GATES, True))
+
+
+def test_segments():
+    check(aot_gpu.report(case, {"config": {"segments": 2}}, 1, 2, 128, 64, GATES, True))
 
 
 @pytest.mark.parametrize("gates", [(), ("eta",), ("log_alpha",)])
 def test_absent_gates(gates):
-    check(aot_gpu.report(case, "before", 1, 2, 128, 128, gates, False))
+    check(aot_gpu.report(case, {"read": "before"}, 1, 2, 128, 128, gates, False))
 
 
 def check(found):

@@ -1,5 +1,6 @@
 """The public function: checks, masks and dtypes are settled here, once, for every implementation."""
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from hope_kernels.delta_rule import pallas_gpu, pallas_tpu, reference, xla
 from hope_kernels.delta_rule.config import Config
 from hope_kernels.delta_rule.mesh import divide, division_by_type, undividable
+from hope_kernels.delta_rule.segments import in_segments
 from hope_kernels.delta_rule.tile import dot
 from hope_kernels.delta_rule.types import (
     DeltaRuleOutput,
@@ -21,19 +23,19 @@ from hope_kernels.delta_rule.types import (
 from hope_kernels.dispatch import Implementation, dispatch
 
 
-def _kernel(module: ModuleType) -> Implementation:
-    """A Pallas kernel, which cannot run where the compiler would have to divide it."""
+def _kernel(module: ModuleType, segments: Callable[[Inputs], int] | None = None) -> Implementation:
+    """A Pallas kernel, which cannot run where the compiler would have to divide it, cut into `segments` of time."""
 
     def cannot_run(inputs: Inputs, state: State, **how: Any) -> str | None:
         return module.cannot_run(inputs, state, **how) or undividable((inputs, state))
 
-    return Implementation(module.forward, cannot_run, module.unsuited)
+    return Implementation(in_segments(module.forward, segments), cannot_run, module.unsuited)
 
 
 IMPLEMENTATIONS = {  # the preferred one first
     "pallas_tpu": _kernel(pallas_tpu),
-    "pallas_gpu": _kernel(pallas_gpu),
-    "xla": Implementation(xla.forward),
+    "pallas_gpu": _kernel(pallas_gpu, pallas_gpu.segments),
+    "xla": Implementation(in_segments(xla.forward)),
     "reference": Implementation(reference.forward),
 }
 READS = ("start", "before", "after")

@@ -18,10 +18,11 @@ class Config:
     block_t: int | None = None  # tokens per tile
     heads: int | None = None  # TPU: value heads per grid cell
     group: int | None = None  # TPU: heads computed together inside a cell
+    segments: int | None = None  # of the sequence, computed side by side (segments.py); not for `reference`
     interpret: Any = None  # True, or the backend's InterpretParams: simulate a TPU or GPU kernel on a CPU
 
     def __post_init__(self):
-        for name in ("block_t", "heads", "group"):
+        for name in ("block_t", "heads", "group", "segments"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")

@@ -35,9 +35,9 @@ def _forward(tile, block_t, inputs, state):
         y_n, end = tile(inputs_n, start)
         return end, (y_n, start)
 
-    end, (y, starts) = jax.lax.scan(step, state, _tiles(inputs, block_t))
+    end, (y, starts) = jax.lax.scan(step, state, tiles(inputs, block_t))
     starts = checkpoint_name(starts, STATES)
-    return (None if y is None else _join(y, tokens), end), (inputs, starts)
+    return (None if y is None else join(y, tokens), end), (inputs, starts)
 
 
 def _backward(tile, block_t, saved, cotangents):
@@ -53,15 +53,15 @@ def _backward(tile, block_t, saved, cotangents):
 
     dy, d_end = cotangents
     dy = None if dy is None else _split(dy, block_t)
-    d_start, d_tiles = jax.lax.scan(step, d_end, (_tiles(inputs, block_t), starts, dy), reverse=True)
-    d_inputs = jax.tree.map(lambda x: _join(x, tokens), d_tiles)
+    d_start, d_tiles = jax.lax.scan(step, d_end, (tiles(inputs, block_t), starts, dy), reverse=True)
+    d_inputs = jax.tree.map(lambda x: join(x, tokens), d_tiles)
     return d_inputs._replace(mask=None if inputs.mask is None else d_inputs.mask), d_start
 
 
 walk_tiles.defvjp(_forward, _backward)
 
 
-def _tiles(inputs: Inputs, block_t: int) -> Inputs:
+def tiles(inputs: Inputs, block_t: int) -> Inputs:
     """Inputs [B, T, H, ...] as tiles [N, B, C, H, ...]; the tokens that fill up the last one do nothing."""
     if inputs.log_mu is not None and inputs.mask is None and inputs.k.shape[1] % block_t:
         inputs = inputs._replace(mask=jnp.ones_like(inputs.log_mu))
@@ -76,7 +76,7 @@ def _split(x: jax.Array, block_t: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block_t, *x.shape[2:]), 1, 0)
 
 
-def _join(x: jax.Array, tokens: int) -> jax.Array:
-    """The inverse of `_split`: [N, B, C, ...] -> [B, T, ...]."""
+def join(x: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `tiles`: [N, B, C, ...] -> [B, T, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]

@@ -29,6 +29,11 @@ def forward(
     return None if y is None else y[:, :tokens], State(end, None)
 
 
+def segments(inputs: Inputs) -> int:
+    """Into how many segments a sequence is cut that alone would leave most of the chip idle."""
+    return choose.segments(inputs)
+
+
 def cannot_run(inputs: Inputs, state: State, *, read: str, config: Config, precision: str) -> str | None:
     """Why this call is not for these kernels, as one phrase, or None."""
     del state, read

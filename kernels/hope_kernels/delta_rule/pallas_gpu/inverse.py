@@ -5,7 +5,7 @@
 One warpgroup per tile of one value head. The inverse is built by doubling: with X the inverse of the blocks of b rows
 on the diagonal and O the blocks of T between two neighbours of them, X - X O X holds the inverses of the blocks of 2b
 rows. Every X is a part of the result, so nothing grows that is not in it; six levels for 64 rows, the first one free
-because X is the identity there. Each level is two 64 x 64 x 64 products in bfloat16 of a float32 X.
+because X is the identity there. Each level is two 64 x 64 x 64 products of a float32 X, in `parts` bfloat16 numbers.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hope_kernels.delta_rule.pallas_gpu.gates import DOCUMENT, ETA, EXCLUSIVE, INCLUSIVE
+from hope_kernels.delta_rule.pallas_gpu.parts import parts_of, transposed, write
 from hope_kernels.delta_rule.pallas_gpu.warpgroup import (
     TILE,
     column,
@@ -26,7 +27,6 @@ from hope_kernels.delta_rule.pallas_gpu.warpgroup import (
     ratio,
     row,
     tile_memory,
-    transposed,
 )
 
 
@@ -40,20 +40,23 @@ def tile_products(
     decay: bool,
     reset: bool,
     before: bool,
+    parts: int,
     interpret: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """bfloat16 q, k [B, T, Hk, K] and `gates` [B, H, N, 9, C] -> inverse and scores, bfloat16 [B, H, N, C, C]."""
+    """bfloat16 q, k [B, T, Hk, K] and `gates` [B, H, N, 9, C] -> inverse [B, H, N, P, C, C], scores [B, H, N, C, C]."""
     batch, tokens, key_heads, width = k.shape
     tiles = tokens // TILE
-    names = [*(["inverse"] if erase else []), *(["scores"] if q is not None else [])]
-    matrix = jax.ShapeDtypeStruct((batch, heads, tiles, TILE, TILE), jnp.bfloat16)
+    shapes = {"inverse": (parts, TILE, TILE)} if erase else {}
+    shapes |= {"scores": (TILE, TILE)} if q is not None else {}
+    outputs = [jax.ShapeDtypeStruct((batch, heads, tiles, *shape), jnp.bfloat16) for shape in shapes.values()]
 
     def body(*refs):
         refs = list(refs)
         q_gmem = None if q is None else refs.pop(0)
         k_gmem, gates_gmem = refs.pop(0), refs.pop(0)
-        out = {name: refs.pop(0) for name in names}
+        out = {name: refs.pop(0) for name in shapes}
         q_smem, k_smem, gates_smem, x_smem, y_smem, ready = refs
+        x, y = parts_of(x_smem), parts_of(y_smem)
         n, h, b = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
         key_head = lax.div(h, jnp.int32(heads // key_heads))
         here = (b, pl.ds(n * TILE, TILE), key_head)
@@ -74,18 +77,18 @@ def tile_products(
             keep = ((t > i) if before else (t >= i)) & same
             scores = product((TILE, TILE), (q_smem, transposed(k_smem)))
             scores *= ratio(keep, gate(EXCLUSIVE if before else INCLUSIVE, 0) if decay else None, since)
-            y_smem[...] = scores.astype(jnp.bfloat16)
+            write(y[:1], scores)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem, out["scores"].at[b, h, n])
+            plgpu.copy_smem_to_gmem(y[0], out["scores"].at[b, h, n])
 
         if "inverse" in out:
             system = product((TILE, TILE), (k_smem, transposed(k_smem))) * column(gate(ETA, 0), TILE)
             system *= ratio((t > i) & same, gate(EXCLUSIVE, 0) if decay else None, since)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            inverse = _inverse(system, t, i, x_smem, y_smem)
-            x_smem[...] = inverse.astype(jnp.bfloat16)
+            write(x, _inverse(system, t, i, x, y))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_smem, out["inverse"].at[b, h, n])
+            for part, ref in enumerate(x):
+                plgpu.copy_smem_to_gmem(ref, out["inverse"].at[b, h, n, part])
         plgpu.wait_smem_to_gmem(0)
 
     arguments = ([] if q is None else [q]) + [k, gates]
@@ -93,23 +96,23 @@ def tile_products(
         body,
         name="delta_rule_products",
         grid={"tile": tiles, "head": heads, "batch": batch},
-        outputs=[matrix] * len(names),
+        outputs=outputs,
         scratch=[
             tile_memory(TILE, width),
             tile_memory(TILE, width),
             plgpu.SMEM((4, TILE), jnp.float32),
-            tile_memory(TILE, TILE),
-            tile_memory(TILE, TILE),
+            tile_memory(parts, TILE, TILE),
+            tile_memory(parts, TILE, TILE),
             plgpu.Barrier(num_arrivals=len(arguments)),
         ],
         interpret=interpret,
     )(*arguments)
-    named = dict(zip(names, results, strict=True))
+    named = dict(zip(shapes, results, strict=True))
     return named.get("inverse"), named.get("scores")
 
 
-def _inverse(system_CC: jax.Array, t: jax.Array, i: jax.Array, x_smem: Any, y_smem: Any) -> jax.Array:
-    """(I + T)^-1, float32; `system` is strictly lower triangular."""
+def _inverse(system_CC: jax.Array, t: jax.Array, i: jax.Array, x: list[Any], y: list[Any]) -> jax.Array:
+    """(I + T)^-1, float32; `system` is strictly lower triangular, and x and y are parts to work in."""
     apart = t ^ i  # below the diagonal: the blocks of 2b rows that t and i share have b <= apart < 2b
 
     def between(b: int) -> jax.Array:
@@ -118,12 +121,12 @@ def _inverse(system_CC: jax.Array, t: jax.Array, i: jax.Array, x_smem: Any, y_sm
     x_CC = jnp.where(t == i, 1.0, 0.0) - between(1)
     b = 2
     while b < TILE:
-        x_smem[...] = x_CC.astype(jnp.bfloat16)
-        y_smem[...] = between(b).astype(jnp.bfloat16)
+        write(x, x_CC)
+        write(y, between(b))
         plgpu.commit_smem()
-        y_CC = product((TILE, TILE), (y_smem, x_smem))
-        y_smem[...] = y_CC.astype(jnp.bfloat16)
+        y_CC = product((TILE, TILE), (y, x))
+        write(y, y_CC)
         plgpu.commit_smem()
-        x_CC -= product((TILE, TILE), (x_smem, y_smem))
+        x_CC -= product((TILE, TILE), (x, y))
         b *= 2
     return x_CC

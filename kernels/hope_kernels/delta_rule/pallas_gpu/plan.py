@@ -11,7 +11,8 @@ class Plan(NamedTuple):
     erase: bool
     decay: bool
     reset: bool
-    split: bool  # the [C, C] matrices of the gradients as two bfloat16 each
+    parts: int  # bfloat16 numbers per entry of the inverse and of what it is multiplied with
+    square_parts: int  # and of the [C, C] matrices of the gradients
     columns: int  # of V that one block of the scans works on, 64 per warpgroup
     interpret: Any
 

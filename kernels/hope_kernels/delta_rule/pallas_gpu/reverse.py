@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hope_kernels.delta_rule.pallas_gpu.gates import CARRY, ERASE, READ
+from hope_kernels.delta_rule.pallas_gpu.parts import transposed, write
 from hope_kernels.delta_rule.pallas_gpu.walk import Tile, walk
-from hope_kernels.delta_rule.pallas_gpu.warpgroup import COLUMNS, TILE, column, products, transposed
+from hope_kernels.delta_rule.pallas_gpu.warpgroup import COLUMNS, TILE, column, products
 
 
 class Reverse(NamedTuple):
@@ -62,10 +63,10 @@ def reverse_scan(
             (dw_CV,) = products((dw_CV, [(transposed(given["scores"]), given["dy"])]), interpret=interpret)
         du_CV = dw_CV
         if inverse is not None:
-            x[...] = dw_CV.astype(bf16)
+            write(x, dw_CV)
             plgpu.commit_smem()
             (du_CV,) = products(((TILE, COLUMNS), [(transposed(given["inverse"]), x)]), interpret=interpret)
-            x[...] = (-column(tile.gates[ERASE], COLUMNS) * du_CV).astype(bf16)
+            write(x, -column(tile.gates[ERASE], COLUMNS) * du_CV)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         du[...] = du_CV.astype(bf16)
         plgpu.commit_smem()
@@ -91,7 +92,7 @@ def reverse_scan(
         outputs,
         name="delta_rule_reverse",
         divided="dy",
-        own=("x", "du"),
+        own=("du",),
         columns=columns,
         backwards=True,
         interpret=interpret,

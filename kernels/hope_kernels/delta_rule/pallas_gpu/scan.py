@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hope_kernels.delta_rule.pallas_gpu.gates import CARRY, ERASE, READ
+from hope_kernels.delta_rule.pallas_gpu.parts import transposed, write
 from hope_kernels.delta_rule.pallas_gpu.walk import Tile, walk
-from hope_kernels.delta_rule.pallas_gpu.warpgroup import COLUMNS, TILE, column, products, transposed
+from hope_kernels.delta_rule.pallas_gpu.warpgroup import COLUMNS, TILE, column, products
 
 
 class Scan(NamedTuple):
@@ -72,32 +73,32 @@ def scan(
         w_ref = given["u"]
         w_CV = plgpu.load(w_ref, layout=plgpu.Layout.WGMMA).astype(f32)
         if inverse is not None:
-            x[...] = (w_CV - column(tile.gates[ERASE], COLUMNS) * read["k"]).astype(bf16)
+            write(x, w_CV - column(tile.gates[ERASE], COLUMNS) * read["k"])
             plgpu.commit_smem()
             (w_CV,) = products(((TILE, COLUMNS), [(given["inverse"], x)]), interpret=interpret)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             w[...] = w_CV.astype(bf16)
             w_ref = w
         if decay:
-            x[...] = (column(tile.gates[CARRY], COLUMNS) * w_CV).astype(bf16)
+            write(x, column(tile.gates[CARRY], COLUMNS) * w_CV)
             s_KV = s_KV * tile.whole
         plgpu.commit_smem()
         if "w" in outputs:
             tile.send("w", "w")
-        write = (s_KV, [(transposed(given["k"]), x if decay else w_ref)])
+        added = (s_KV, [(transposed(given["k"]), x if decay else w_ref)])
 
         def read_term(from_s: jax.Array) -> Any:
             return column(tile.gates[READ], COLUMNS) * from_s, [(given["scores"], w_ref)]
 
         y_CV = None
         if q is None:
-            (s_KV,) = products(write, interpret=interpret)
+            (s_KV,) = products(added, interpret=interpret)
         elif late_reads:
-            (s_KV,) = products(write, interpret=interpret)
+            (s_KV,) = products(added, interpret=interpret)
             (from_s,) = products(((TILE, COLUMNS), [(given["q"], s)]), interpret=interpret)
             (y_CV,) = products(read_term(from_s), interpret=interpret)
         else:
-            s_KV, y_CV = products(write, read_term(read["q"]), interpret=interpret)
+            s_KV, y_CV = products(added, read_term(read["q"]), interpret=interpret)
         tile.release()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if y_CV is not None:
@@ -113,7 +114,7 @@ def scan(
         outputs,
         name="delta_rule_scan",
         divided="u",
-        own=("x", "w"),
+        own=("w",),
         columns=columns,
         backwards=False,
         interpret=interpret,

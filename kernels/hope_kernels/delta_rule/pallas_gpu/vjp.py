@@ -57,6 +57,7 @@ def _run(plan: Plan, residuals: bool, inputs: Inputs, start_BHKV: jax.Array) -> 
             decay=plan.decay,
             reset=plan.reset,
             before=plan.before,
+            parts=plan.parts,
             interpret=plan.interpret,
         )
     y, end, starts, w = scan(
@@ -104,7 +105,7 @@ def _run_back(plan: Plan, saved: tuple[Any, ...], cotangents: Result) -> tuple[I
         decay=plan.scaled,
         reset=plan.reset,
         before=plan.before,
-        split=plan.split,
+        parts=plan.square_parts,
         interpret=plan.interpret,
     )
     d_eta, d_log_alpha = gate_gradients(rows, sums, before=plan.before)

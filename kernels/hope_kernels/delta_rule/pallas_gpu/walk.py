@@ -16,17 +16,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hope_kernels.delta_rule.pallas_gpu.gates import ERASE, ROWS, WHOLE
+from hope_kernels.delta_rule.pallas_gpu.parts import parts_of
 from hope_kernels.delta_rule.pallas_gpu.warpgroup import COLUMNS, TILE, column_gate, launch, tile_memory
 
 STAGES = 2  # tiles in flight
-_PER_TOKEN, _PER_TILE = ("k", "q"), ("scores", "inverse")  # a block's warpgroups share these
+_PER_TOKEN, _PER_TILE = ("k", "q"), ("scores",)  # a block's warpgroups share these, and the inverse
 
 
 class Tile(NamedTuple):
     """A tile as one warpgroup meets it; `own` and `part` are its alone."""
 
-    given: dict[str, Any]  # shared memory: "k", "q", "scores", "inverse" and the array that is divided
-    own: dict[str, Any]  # shared memory, and "s" the state in bfloat16
+    given: dict[str, Any]  # shared memory: "k", "q", "scores", the parts of "inverse" and the array that is divided
+    own: dict[str, Any]  # shared memory, the parts of "x", and "s" the state in bfloat16
     gates: dict[int, jax.Array]  # the rows of `gates.py` from ERASE on, [C]
     whole: jax.Array  # the decay of the whole tile
     release: Callable[[], None]  # call it when nothing in `given` is needed any more
@@ -51,12 +52,12 @@ def walk(
     Args:
         step: one tile for one warpgroup.
         start: [B, H, K, V] float32.
-        arrays: "k", "q" [B, T, Hk, K], "scores", "inverse" [B, H, N, C, C], "gates" [B, H, N, 9, C] and the array
-            that is `divided`; those that there are.
+        arrays: "k", "q" [B, T, Hk, K], "scores" [B, H, N, C, C], "inverse" [B, H, N, P, C, C], "gates"
+            [B, H, N, 9, C] and the array that is `divided`; those that there are.
         outputs: by name, [B, T, H, V] or [B, H, N, K, V], for `Tile.send`; and "end" for the last state.
         name: of the kernel.
         divided: the array [B, T, H, V], if it is there, that has columns of its own for every warpgroup.
-        own: names of the bfloat16 [C, 64] that each warpgroup has for itself.
+        own: names of the bfloat16 [C, 64] that each warpgroup has for itself, besides "x" in P parts.
         columns: of V per block.
         backwards: the last tile comes first.
         interpret: None, or the simulator.
@@ -66,19 +67,20 @@ def walk(
     """
     batch, heads, key_width, value_width = start.shape
     key_heads, tiles, workers = arrays["k"].shape[2], arrays["k"].shape[1] // TILE, columns // COLUMNS
+    parts = arrays["inverse"].shape[3] if "inverse" in arrays else 1
     buffers = {
         "k": tile_memory(STAGES, TILE, key_width),
         "q": tile_memory(STAGES, TILE, key_width),
         "scores": tile_memory(STAGES, TILE, TILE),
-        "inverse": tile_memory(STAGES, TILE, TILE),
+        "inverse": tile_memory(STAGES, parts, TILE, TILE),
         "gates": plgpu.SMEM((STAGES, len(ROWS) - ERASE, TILE), jnp.float32),
         divided: tile_memory(STAGES, workers, TILE, COLUMNS),
     }
     buffers = {array: buffers[array] for array in arrays}
     owned = {array: tile_memory(workers, TILE, COLUMNS) for array in own}
-    owned["s"] = tile_memory(workers, key_width, COLUMNS)
-    parts = workers if divided in arrays else 0
-    arrivals = len(arrays.keys() - {divided}) + parts
+    owned |= {"x": tile_memory(workers, parts, TILE, COLUMNS), "s": tile_memory(workers, key_width, COLUMNS)}
+    sharers = workers if divided in arrays else 0
+    arrivals = len(arrays.keys() - {divided, "inverse"}) + sharers + (parts if "inverse" in arrays else 0)
     barriers = {
         "ready": plgpu.Barrier(num_barriers=STAGES, num_arrivals=arrivals),
         "free": plgpu.Barrier(num_barriers=STAGES, num_arrivals=workers),
@@ -102,10 +104,12 @@ def walk(
             sources["gates"] = gmem["gates"].at[b, h, n, pl.ds(ERASE, len(ROWS) - ERASE)]
             for array, source in sources.items():
                 plgpu.copy_gmem_to_smem(source, smem[array].at[slot], ready)
-            for part in range(parts):
-                wanted = pl.ds(v * columns + part * COLUMNS, COLUMNS)
+            for part in range(parts if "inverse" in arrays else 0):
+                plgpu.copy_gmem_to_smem(gmem["inverse"].at[b, h, n, part], smem["inverse"].at[slot, part], ready)
+            for sharer in range(sharers):
+                wanted = pl.ds(v * columns + sharer * COLUMNS, COLUMNS)
                 source = gmem[divided].at[b, tokens, h, wanted]
-                plgpu.copy_gmem_to_smem(source, smem[divided].at[slot, part], ready)
+                plgpu.copy_gmem_to_smem(source, smem[divided].at[slot, sharer], ready)
 
         @pl.when(worker == workers)
         def _fetcher():
@@ -126,6 +130,7 @@ def walk(
                 plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(v * columns + worker * COLUMNS, COLUMNS)
             private = {array: smem[array].at[worker] for array in owned}
+            private["x"] = parts_of(private["x"])
 
             def keep(s_KV):
                 private["s"][...] = s_KV.astype(jnp.bfloat16)
@@ -134,6 +139,8 @@ def walk(
             def one(i, s_KV):
                 n, slot = tile_of(i), lax.rem(i, jnp.int32(STAGES))
                 given = {array: smem[array].at[slot] for array in buffers}
+                given |= {divided: given[divided].at[worker]} if sharers else {}
+                given |= {"inverse": parts_of(given["inverse"])} if "inverse" in arrays else {}
                 plgpu.barrier_wait(smem["ready"].at[slot])
 
                 def send(source, output):
@@ -142,7 +149,7 @@ def walk(
                     plgpu.copy_smem_to_gmem(private[source], gmem[output].at[place])
 
                 tile = Tile(
-                    given=given | ({divided: given[divided].at[worker]} if parts else {}),
+                    given=given,
                     own=private,
                     gates={row: column_gate(given["gates"].at[row - ERASE]) for row in range(ERASE, WHOLE)},
                     whole=smem["gates"][slot, WHOLE - ERASE, 0],

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hope_kernels.delta_rule.pallas_gpu.parts import Operand, passes
+
 TILE = 64  # tokens per tile: the rows of one wgmma
 COLUMNS = 64  # columns of the state that one warpgroup keeps
 _SWIZZLE_BYTES = 128
@@ -26,8 +28,8 @@ def tile_memory(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(transforms[0]((8, columns)), transforms[1](_SWIZZLE_BYTES)))
 
 
-def products(*terms: tuple[Any, Sequence[tuple[Any, Any]]], interpret: Any) -> list[jax.Array]:
-    """For every (start, pairs): start plus the sum of a @ b over the pairs of references, all issued together.
+def products(*terms: tuple[Any, Sequence[tuple[Operand, Operand]]], interpret: Any) -> list[jax.Array]:
+    """For every (start, pairs): start plus the sum of a @ b over the pairs, all issued together.
 
     A start is a float32 [M, N], whose registers become the accumulator, or a shape, for zeros.
     """
@@ -35,7 +37,8 @@ def products(*terms: tuple[Any, Sequence[tuple[Any, Any]]], interpret: Any) -> l
     def issue(*accumulators):
         for acc, (_, pairs) in zip(accumulators, terms, strict=True):
             for a, b in pairs:
-                plgpu.wgmma(acc, a, b)
+                for a_part, b_part in passes(a, b):
+                    plgpu.wgmma(acc, a_part, b_part)
 
     def fresh(*accumulators):
         issue(*accumulators)
@@ -50,19 +53,14 @@ def products(*terms: tuple[Any, Sequence[tuple[Any, Any]]], interpret: Any) -> l
     return list(run([plgpu.WGMMAAccumulatorRef.init(start) for start in starts]))
 
 
-def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of a @ b over `pairs` of references, float32 [M, N]."""
+def product(shape: tuple[int, int], *pairs: tuple[Operand, Operand]) -> jax.Array:
+    """The sum of a @ b over `pairs`, float32 [M, N]."""
     return products((shape, pairs), interpret=True)[0]
 
 
 def zeros(shape: tuple[int, ...]) -> jax.Array:
     """Float32 zeros in the registers of an accumulator."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-
-
-def transposed(ref: Any) -> Any:
-    """[M, N] as [N, M], without moving anything."""
-    return ref.transpose((1, 0))
 
 
 def column(x_C: jax.Array, width: int) -> jax.Array:
