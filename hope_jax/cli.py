@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
-    train.add_argument("--versus", metavar="MODEL", help="also train a parameter-matched model: transformer")
+    train.add_argument("--versus", metavar="MODEL", help="also train another architecture with as many parameters")
     train.set_defaults(function=_train)
 
     evaluate = commands.add_parser("eval", help="bits per byte of a run on a text file", allow_abbrev=False)

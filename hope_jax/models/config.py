@@ -2,11 +2,15 @@
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .architectures import ARCHITECTURES, Architecture
 
 NAMES = tuple(ARCHITECTURES)
+if TYPE_CHECKING:
+    type Name = str
+else:
+    Name = Literal[NAMES]  # so that a mistyped override is answered with the nearest
 READS = ("start", "before")
 MLP_RULES = ("input", "layerwise")
 DTYPES = ("float32", "bfloat16")
@@ -63,7 +67,7 @@ class ModelConfig:
       256
     """
 
-    name: str = "hope"
+    name: Name = "hope"
     vocab_size: int = 256
     dim: int = 64
     layers: int = 2

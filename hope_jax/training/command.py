@@ -40,14 +40,14 @@ def run_training(
     if versus is not None:
         if versus not in OTHERS:
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
-        opponent(config)  # refuses before hours of training, not after
+        opponent(config, versus)  # refuses before hours of training, not after
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
     if ours.interrupted:
         return _say_interrupted(ours, again)
     _show_result(ours, console, again)
     if versus is not None:
-        theirs = train_opponent(ours, resume=resume, overwrite=overwrite, console=console)
+        theirs = train_opponent(ours, versus, resume=resume, overwrite=overwrite, console=console)
         if theirs.interrupted:
             return _say_interrupted(theirs, again)
         console.print(comparison(ours, theirs))

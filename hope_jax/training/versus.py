@@ -1,4 +1,4 @@
-"""A model against a parameter-matched Transformer, on the same bytes in the same order."""
+"""A model against a parameter-matched one of another architecture, on the same bytes in the same order."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hope_jax.models import count_parameters, match_parameters
+from hope_jax.models import ARCHITECTURES, count_parameters, match_parameters
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.loop import Result, train
@@ -15,23 +15,24 @@ from hope_jax.training.overrides import one_line
 from hope_jax.training.progress import table
 from hope_jax.training.run_dir import LOSS_PLOT, VERSUS
 
-OTHERS = ("transformer",)
+OTHERS = tuple(ARCHITECTURES)
 
 
-def opponent(config: TrainConfig) -> TrainConfig:
-    """The same run with a Transformer of as many parameters (within 1%).
+def opponent(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run with another architecture of as many parameters (within 1%).
 
     Raises:
-      UserError: the run is a Transformer's already, or no width matches.
+      UserError: the run has that architecture already, or no width matches.
     """
-    if config.model.name == "transformer":
-        raise UserError("--versus transformer compares another model with a Transformer; choose one with model=hope")
+    if config.model.name == name:
+        raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
     model = dataclasses.replace(
         config.model,
-        name="transformer",
+        name=name,
         cms_chunks=(),
         bptt_chunks=(),
-        remat="none",  # the Transformer's fastest policy: its speed is what ours is compared with
+        # the fastest policy of attention: its speed is what ours is compared with
+        remat="none" if name == "transformer" else config.model.remat,
         max_length=max(config.model.max_length, config.seq_len),
     )
     try:
@@ -41,18 +42,18 @@ def opponent(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=model, cms_periods=())
 
 
-def train_opponent(ours: Result, *, resume: bool, overwrite: bool, console: Console) -> Result:
-    """Trains the Transformer below the run it is compared with, and draws both into that run's loss.png."""
-    run_dir = opponent_dir(ours.run_dir)
+def train_opponent(ours: Result, name: str, *, resume: bool, overwrite: bool, console: Console) -> Result:
+    """Trains the other model below the run it is compared with, and draws both into that run's loss.png."""
+    run_dir = opponent_dir(ours.run_dir, name)
     resume = resume and run_dir.exists()
-    theirs = train(opponent(ours.config), run_dir, resume=resume, overwrite=overwrite, console=console)
-    plot_loss({ours.config.model.name: ours.run_dir, "transformer": run_dir}, ours.run_dir / LOSS_PLOT)
+    theirs = train(opponent(ours.config, name), run_dir, resume=resume, overwrite=overwrite, console=console)
+    plot_loss({ours.config.model.name: ours.run_dir, name: run_dir}, ours.run_dir / LOSS_PLOT)
     return theirs
 
 
-def opponent_dir(run_dir: Path) -> Path:
-    """Where the Transformer's run lies."""
-    return run_dir / VERSUS / "transformer"
+def opponent_dir(run_dir: Path, name: str) -> Path:
+    """Where the other model's run lies."""
+    return run_dir / VERSUS / name
 
 
 def comparison(ours: Result, theirs: Result):

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hope_jax.models import build_lm
@@ -179,6 +180,49 @@ def test_bfloat16_computes_narrow_and_keeps_wide(case):
     # Eight bits of mantissa over the residual branches of two layers; never equal, or nothing was narrow.
     error = float(jnp.sqrt(jnp.mean((logits - case.logits) ** 2)) / jnp.std(case.logits))
     assert 1e-4 < error < 2**-8 * 12
+
+
+@pytest.mark.slow
+def test_recomputing_changes_no_number(case):
+    """Loss and gradients with remat "full" are those without."""
+
+    def value_and_grad(remat):
+        lm = build_lm(dataclasses.replace(case.config, remat=remat))
+
+        def loss(params):
+            return next_token_loss(lm.apply(params, lm.init_state(params, 2), case.tokens, phase=0)[1], case.tokens)
+
+        return jax.jit(jax.value_and_grad(loss))(case.params)
+
+    def relative(a, b):
+        return float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-12))
+
+    errors = jax.tree.map(relative, value_and_grad("full"), value_and_grad("none"))
+    assert max(jax.tree.leaves(errors)) < 1e-4  # gradients are sums over tokens and layers, in another order
+
+
+@pytest.mark.slow
+def test_thirty_steps_lower_the_loss(case):
+    """Adam on one batch; a model that cannot be trained stays at log(vocabulary)."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+
+    def loss(params):
+        _, logits = case.lm.apply(params, case.lm.init_state(params, 2), case.tokens, phase=0)
+        return next_token_loss(logits, case.tokens)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=30)[1]
+
+    losses = train(jax.jit(case.lm.init)(jax.random.key(0)))
+    assert np.isfinite(losses).all()
+    assert float(losses[-1]) < 0.8 * float(losses[0])
 
 
 def _close(actual, expected):

@@ -310,13 +310,13 @@ def test_opponent_has_as_many_parameters(small):
         model=dataclasses.replace(small.model, name="hope_attention", cms_hidden=(40, 40), remat="full"),
         cms_periods=(1, 2),
     )
-    theirs = opponent(ours)
+    theirs = opponent(ours, "transformer")
     assert theirs.model.name == "transformer" and theirs.cms_periods == ()
     assert theirs.model.remat == "none"
     assert count_parameters(theirs.model) == pytest.approx(count_parameters(ours.model), rel=0.01)
     assert dataclasses.replace(theirs, model=ours.model, cms_periods=(1, 2)) == ours
-    with pytest.raises(UserError, match="choose one with model=hope"):
-        opponent(small)
+    with pytest.raises(UserError, match="choose one with model=NAME"):
+        opponent(small, small.model.name)
 
 
 def test_display_says_the_numbers_without_a_terminal():
