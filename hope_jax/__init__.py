@@ -20,32 +20,51 @@ What is known by other names is an arrangement of these (each line is proven in 
     DGD on L2 (93)          level(linear_memory, dgd(), C, l2_regression, read="start")
     Titans LMM              level(memory, dgd(exact=False, decay=False, momentum="gate"), C, l2_regression)
                           = one with optax.chain(optax.sgd(eta), heavy_ball(mu), retention(alpha)) for constant eta
+    Oja (66)                level(linear_memory, dgd(exact=False, decay=False), C = 1, read="after") with its own error
+                          = DeltaNet of the transposed state, whose writes are the keys of a gated linear attention
+    Omega rule (68)         omega: TTT with retention on the last c tokens, errors and reads at the chunk's start
+    Atlas                   omega with optax.chain(heavy_ball(), newton_schulz, step, retention()), one write per chunk
+    Moneta                  miras(memory, C, objective=lp_regression(3), link=lq(4))
+    Yaad                    miras(memory, C, objective=huber_norm())
+                          = level(memory, dgd(exact=False, decay=False), C, huber_norm())
+    Memora                  miras(memory, C, objective=l2_regression, link=softmax)
+    Comba                   DeltaNet with a gate alpha, on closed_loop(tokens): two steps, and a query less a key
+    Linear Attention++      y_t = a_t S_t, two matrices that remember the same pairs, one reading for the other
+    softmax attention       softmax_attention: the regression without weights, solved for every query (62)
+    sliding-window attention  softmax_attention(window=c): the same over the last c tokens (63)
     self-modifying Titans   nest(level(k, v, eta, alpha boxes, dgd, C_proj), level(mem box, dgd, C_mem))
     CMS                     nest(*[level(cms_memory, tx, C_l)]) with the gradient of the chain's loss as error
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
     MLP block               a level with learning rate 0
 """
 
+from hope_jax.attention import softmax_attention
 from hope_jax.cms import cms, cms_chain, cms_memory, slow_period
 from hope_jax.levels import level
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
+from hope_jax.miras import memora, miras, moneta, yaad
 from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
+from hope_jax.oja import oja
+from hope_jax.omega import atlas, omega
 from hope_jax.optimizers import every
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
 from hope_jax.sequence import (
+    closed_loop,
+    comba,
     delta_net,
     dgd_attention,
     gated_delta_net,
     gated_linear_attention,
     linear_attention,
+    linear_attention_pp,
     longhorn,
     retnet,
     ttt_linear,
 )
 from hope_jax.sequence_layer import SequenceLayer
 from hope_jax.titans import titans_lmm
-from hope_jax.transforms import dgd, heavy_ball, retention
+from hope_jax.transforms import dgd, heavy_ball, newton_schulz, retention
 from hope_jax.types import (
     Level,
     LevelState,
@@ -72,9 +91,12 @@ __all__ = [
     "SequenceLayer",
     "Tokens",
     "Write",
+    "atlas",
+    "closed_loop",
     "cms",
     "cms_chain",
     "cms_memory",
+    "comba",
     "contract",
     "deep_memory",
     "delta_net",
@@ -91,15 +113,24 @@ __all__ = [
     "l2_regression",
     "level",
     "linear_attention",
+    "linear_attention_pp",
     "linear_memory",
     "longhorn",
     "lp_regression",
+    "memora",
+    "miras",
     "mlp_memory",
+    "moneta",
     "nest",
+    "newton_schulz",
+    "oja",
+    "omega",
     "retention",
     "retnet",
     "self_modifying",
     "slow_period",
+    "softmax_attention",
     "titans_lmm",
     "ttt_linear",
+    "yaad",
 ]

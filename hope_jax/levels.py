@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.chunk_form import FactoredTransformation
+from hope_jax.chunk_form import FactoredTransformation, gate
 from hope_jax.types import Level, LevelState, Memory, Objective, Params, Write, contract, is_outer
 
 READS = ("start", "before", "after")
@@ -25,6 +25,7 @@ def level(
     objective: Objective | None = None,
     read: Literal["start", "before", "after"] = "start",
     bptt_chunks: int | None = None,
+    gates: tuple[str, ...] = (),
 ) -> Level:
     """One memory with its rule and its clock.
 
@@ -38,10 +39,13 @@ def level(
         read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
             "after" the token's own write (spec 5.1).
         bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
+        gates: names of per-token gates of a global level, each summed over the chunk and given to the rule as an extra
+            argument [..., 1, 1]: "log_alpha" and "log_mu" (a chunk retains the product of its tokens' fractions) or
+            "eta". Local levels need no names: their rule sees every token's gates.
 
     Raises:
-        ValueError: chunk_size or bptt_chunks below 1, an unknown read, or a running read of a level that is
-            written only at the end of its chunk.
+        ValueError: chunk_size or bptt_chunks below 1, an unknown read, a running read of a level that is written only
+            at the end of its chunk, or gates named for one that is written token by token.
 
     Example:
         >>> import optax
@@ -55,9 +59,11 @@ def level(
         raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
     if read not in READS:
         raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
-    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks)
+    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks, tuple(gates))
     if read != "start" and not writes_tokens(made):
         raise ValueError(f"read={read!r} needs weights that change within the chunk: give the level an objective")
+    if gates and writes_tokens(made):
+        raise ValueError(f"gates={gates} are for a global level; this one is written token by token and sees all gates")
     return made
 
 
@@ -74,12 +80,21 @@ def open_level(lev: Level, params: Params) -> LevelState:
         pending=None if local else jax.tree.map(jnp.zeros_like, params),
         rule=lev.tx.init(params),
         origin=None if lev.bptt_chunks is None else (params, jnp.zeros((), jnp.int32)),
+        gates=_no_gates_yet(lev, params),
     )
 
 
+def _no_gates_yet(lev: Level, params: Params) -> dict[str, jax.Array] | None:
+    """Sums over no token: a number per leading index of the weights."""
+    if not lev.gates:
+        return None
+    leaf = jax.tree.leaves(params)[0]
+    return {name: jnp.zeros(leaf.shape[:-2], leaf.dtype) for name in lev.gates}
+
+
 def at_rest(states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
-    """Level i between two chunks, where `running` is `start` and `pending` is zero: only `start` is carried."""
-    return tuple(s._replace(running=None, pending=None) if j == i else s for j, s in enumerate(states))
+    """Level i between two chunks, where `running` is `start` and sums are zero: only `start` is carried."""
+    return tuple(s._replace(running=None, pending=None, gates=None) if j == i else s for j, s in enumerate(states))
 
 
 def begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> tuple[LevelState, ...]:
@@ -89,6 +104,7 @@ def begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> 
     fresh = states[i]._replace(
         running=start if local else None,
         pending=None if local else jax.tree.map(jnp.zeros_like, start),
+        gates=_no_gates_yet(levels[i], start),
     )
     return tuple(fresh if j == i else s for j, s in enumerate(states))
 
@@ -103,7 +119,8 @@ def _close_one(lev: Level, state: LevelState) -> LevelState:
         new, rule, pending = state.running, state.rule, None
     else:
         tx = optax.with_extra_args_support(lev.tx)
-        updates, rule = tx.update(cast(Any, state.pending), state.rule, state.start)
+        gates = {name: total[..., None, None] for name, total in (state.gates or {}).items()}
+        updates, rule = tx.update(cast(Any, state.pending), state.rule, state.start, **gates)
         new = optax.apply_updates(state.start, updates)
         pending = jax.tree.map(jnp.zeros_like, state.pending)
     origin = state.origin
@@ -113,7 +130,7 @@ def _close_one(lev: Level, state: LevelState) -> LevelState:
         new = jax.tree.map(lambda w, w0: jnp.where(cut, w0 + jax.lax.stop_gradient(w - w0), w), new, theta0)
         rule = jax.tree.map(lambda r: jnp.where(cut, jax.lax.stop_gradient(r), r), rule)
         origin = (theta0, writes + 1)
-    return LevelState(new, None if state.running is None else new, pending, rule, origin)
+    return LevelState(new, None if state.running is None else new, pending, rule, origin, _no_gates_yet(lev, new))
 
 
 def safe_pending(state: LevelState, due: jax.Array) -> LevelState:
@@ -125,6 +142,29 @@ def add_pending(state: LevelState, error: Any) -> LevelState:
     """Add an error, dense or factored, to what is pending."""
     dense = jax.tree.map(lambda e: contract(e) if is_outer(e) else e, error, is_leaf=is_outer)
     return state._replace(pending=jax.tree.map(jnp.add, state.pending, dense))
+
+
+def add_gates(lev: Level, state: LevelState, write: Write) -> LevelState:
+    """Add the gates [..., C] of a piece to the sums of a global level; masked tokens retain all and step by nothing."""
+    if write.query is not None or (write.gates and not lev.gates):
+        raise ValueError(
+            "gates and queries are for levels that write token by token: give it an objective "
+            "(a global level names its gates in level(gates=...))"
+        )
+    if state.gates is None:
+        return state
+    missing = [name for name in lev.gates if not {name, name.removeprefix("log_")} & set(write.gates)]
+    if missing:
+        raise ValueError(f"the level's gates are {lev.gates}, but its errors come with {sorted(write.gates)}")
+    length = next(iter(write.gates.values())).shape[-1]
+
+    def total(name: str, so_far: jax.Array) -> jax.Array:
+        token = gate(write.gates, name, (*so_far.shape, length))
+        if write.mask is not None:
+            token = jnp.where(jnp.broadcast_to(write.mask, token.shape), token, 0)
+        return (so_far + token.sum(-1)).astype(so_far.dtype)
+
+    return state._replace(gates={name: total(name, so_far) for name, so_far in state.gates.items()})
 
 
 def absorb(states: tuple[LevelState, ...], errors: tuple, which) -> tuple[tuple[LevelState, ...], tuple]:

@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from hope_jax.levels import (
     absorb,
+    add_gates,
     add_pending,
     at_rest,
     begin,
@@ -230,8 +231,8 @@ def _piece(levels: tuple[Level, ...], error: Callable, output: Callable | None) 
                 raise ValueError("a mask needs factored errors; a dense sum must leave masked tokens out itself")
             else:
                 state = add_pending(state, write.error)
-            if state.running is None and (write.gates or write.query is not None):
-                raise ValueError("gates and queries are for levels that write token by token: give it an objective")
+            if state.running is None:
+                state = add_gates(lev, state, write)
             new.append(state)
             reads.append(read)
             waiting.append(later)

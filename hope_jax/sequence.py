@@ -12,17 +12,19 @@ They return a `Nest` over `Tokens` with key and query [T, K], value [T, V] and t
 ys are the reads [T, V].
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from hope_jax.levels import level
-from hope_jax.local import heads_first, local_write
+from hope_jax.local import heads_first, local_output, local_write
 from hope_jax.memories import linear_memory
 from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, l2_regression
 from hope_jax.transforms import dgd, retention
-from hope_jax.types import LevelState, Memory, Nest, Outer, Tokens
+from hope_jax.types import LevelState, Linear, Memory, Nest, Outer, Params, Tokens, Write
 from hope_jax.writing import write_chunk
 
 
@@ -41,7 +43,7 @@ def linear_attention(key_width: int, value_width: int) -> Nest:
 
     Reference: paper (15), (64); arXiv:2006.16236.
     """
-    return _running(key_width, value_width, optax.sgd(1.0))
+    return _running(linear_memory(key_width, value_width), optax.sgd(1.0))
 
 
 def retnet(key_width: int, value_width: int, alpha: float) -> Nest:
@@ -59,7 +61,7 @@ def retnet(key_width: int, value_width: int, alpha: float) -> Nest:
 
     Reference: arXiv:2307.08621.
     """
-    return _running(key_width, value_width, optax.chain(optax.sgd(1.0), retention(alpha)))
+    return _running(linear_memory(key_width, value_width), optax.chain(optax.sgd(1.0), retention(alpha)))
 
 
 def gated_linear_attention(key_width: int, value_width: int) -> Nest:
@@ -74,7 +76,7 @@ def gated_linear_attention(key_width: int, value_width: int) -> Nest:
 
     Reference: arXiv:2405.21060.
     """
-    return _running(key_width, value_width, dgd(exact=False, decay=False))
+    return _running(linear_memory(key_width, value_width), dgd(exact=False, decay=False))
 
 
 def delta_net(key_width: int, value_width: int) -> Nest:
@@ -91,7 +93,7 @@ def delta_net(key_width: int, value_width: int) -> Nest:
 
     Reference: paper (65); arXiv:2406.06484.
     """
-    return _running(key_width, value_width, dgd(exact=False))
+    return _running(linear_memory(key_width, value_width), dgd(exact=False))
 
 
 def gated_delta_net(key_width: int, value_width: int) -> Nest:
@@ -106,7 +108,7 @@ def gated_delta_net(key_width: int, value_width: int) -> Nest:
 
     Reference: arXiv:2412.06464.
     """
-    return _running(key_width, value_width, dgd(exact=False, decayed_erase=True))
+    return _running(linear_memory(key_width, value_width), dgd(exact=False, decayed_erase=True))
 
 
 def longhorn(key_width: int, value_width: int) -> Nest:
@@ -121,7 +123,7 @@ def longhorn(key_width: int, value_width: int) -> Nest:
 
     Reference: arXiv:2407.14207.
     """
-    return _running(key_width, value_width, dgd())
+    return _running(linear_memory(key_width, value_width), dgd())
 
 
 def dgd_attention(key_width: int, value_width: int, chunk_size: int) -> Nest:
@@ -187,14 +189,100 @@ def deep_linear_attention(memory: Memory, chunk_size: int) -> Nest:
     return nest(level(memory, dgd(exact=False, decay=False), chunk_size, objective=dot_product))
 
 
-def _running(key_width: int, value_width: int, tx: optax.GradientTransformation) -> Nest:
-    """A matrix under `dot_product`, written and read token by token."""
-    lev = level(linear_memory(key_width, value_width), tx, 1, objective=dot_product, read="after")
+def comba(key_width: int, value_width: int) -> Nest:
+    """Comba, S_t = (alpha_t I - eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T on tokens from `closed_loop`.
+
+    DeltaNet with a decay, whose erasing acts on the state before the decay. Gates: eta, alpha.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x, half = comba(1, 1), jnp.ones((3, 1)), jnp.full(3, 0.5)
+        >>> tokens = closed_loop(Tokens(x, x, x, eta=half, alpha=half), jnp.array(0.5), jnp.array(0.0))
+        >>> n.apply(n.init(({"w": jnp.zeros((1, 1))},)), tokens)[1][:, 0].tolist()
+        [0.5, 0.625, 0.65625]
+
+    Reference: arXiv:2506.02475.
+    """
+    return _running(linear_memory(key_width, value_width), dgd(exact=False))
+
+
+def closed_loop(tokens: Tokens, b: jax.Array, d: jax.Array) -> Tokens:
+    """Comba's tokens: what is erased is b times what is written, and the read is corrected by d keys.
+
+        S_t = (alpha_t I - b eta_t k_t k_t^T) S_{t-1} + eta_t k_t v_t^T        y_t = (q_t - d k_t) S_t
+
+    is the rule of `comba` with the step b eta_t and the value v_t / b.
+
+    Args:
+        tokens: with the gate eta.
+        b: feedback in (0, 1], a scalar or a number per leading index of the memory, like a gate's without T.
+        d: output correction, of the same shape.
+
+    Raises:
+        ValueError: tokens without eta.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, one = jnp.ones((3, 1)), jnp.ones(3)
+        >>> changed = closed_loop(Tokens(x, x, x, eta=one), jnp.array(0.5), jnp.array(0.25))
+        >>> float(changed.eta[0]), float(changed.value[0, 0]), float(changed.query[0, 0])
+        (0.5, 2.0, 0.75)
+
+    Reference: arXiv:2506.02475.
+    """
+    if tokens.eta is None:
+        raise ValueError("closed_loop scales the gate eta; the tokens have none")
+    query = tokens.query
+    if query is not None:
+        query = (query - d[None, ..., None] * tokens.key).astype(query.dtype)
+    value = (tokens.value / b[None, ..., None]).astype(tokens.value.dtype)
+    return tokens._replace(query=query, value=value, eta=b[None] * tokens.eta)
+
+
+def linear_attention_pp(width: int) -> Nest:
+    """Linear Attention++, a_t = q_t A_t and y_t = a_t S_t: the answer of an attention queries a memory of its pairs.
+
+    A_t = A_{t-1} + k_t v_t^T is linear attention; S_t is written in the same way and differs by where it starts, which
+    is learned. K = V. Gates: none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hope_jax import Tokens
+        >>> n, x = linear_attention_pp(1), jnp.ones((3, 1))
+        >>> start = {"attention": jnp.zeros((1, 1)), "memory": jnp.ones((1, 1))}
+        >>> n.apply(n.init((start,)), Tokens(x, x, x))[1][:, 0].tolist()
+        [2.0, 6.0, 12.0]
+
+    Reference: paper (21), (69); spec 2.5.
+    """
+
+    def init(key: jax.Array) -> Params:
+        return {name: linear_memory(width, width, scale).init(key)["w"] for name, scale in _ATTENTION_PP.items()}
+
+    def apply(params: Params, x: jax.Array, linear: Linear = jnp.matmul) -> jax.Array:
+        return linear(linear(x, params["attention"]), params["memory"])
+
+    return _running(Memory(init, apply), optax.sgd(1.0))
+
+
+_ATTENTION_PP = {"attention": 0.0, "memory": 1.0}  # scale of the start weights: attention starts empty
+
+
+def _running(memory: Memory, tx: optax.GradientTransformation) -> Nest:
+    """Matrices that all remember the same pairs under `dot_product`, written and read token by token."""
+    lev = level(memory, tx, 1, objective=dot_product, read="after")
+
+    def pairs(params: Params, xs: Tokens) -> Write:
+        value = heads_first(xs.value)
+        error = Outer(dot_product.delta(value, value), heads_first(xs.key))  # whatever the weights answer
+        return local_write(jax.tree.map(lambda _: error, params), xs)
+
+    def error(params_by_level: tuple[Params, ...], carry: Any, chunk: Tokens):
+        return tuple(pairs(params, chunk) for params in params_by_level), carry, (None,)
 
     def whole(state: LevelState, xs: Tokens) -> tuple[LevelState, jax.Array | None]:
-        value = heads_first(xs.value)
-        error = {"w": Outer(dot_product.delta(value, value), heads_first(xs.key))}  # whatever the weights answer
-        end, rule, y = write_chunk(lev, state.start, state.rule, local_write(error, xs))
+        end, rule, y = write_chunk(lev, state.start, state.rule, pairs(state.start, xs))
         return state._replace(start=end, running=end, rule=rule), None if y is None else jnp.moveaxis(y, -2, 0)
 
-    return nest(lev, whole=whole)
+    return nest(lev, error=error, output=local_output, whole=whole)

@@ -83,6 +83,7 @@ class Level(NamedTuple):
     objective: Objective | None  # None: a global level, its error is dense and summed over the chunk
     read: Literal["start", "before", "after"]  # which weights answer a query
     bptt_chunks: int | None  # outer gradient truncated after this many writes
+    gates: tuple[str, ...] = ()  # of a global level: summed over the chunk, then given to the rule
 
 
 class Tokens(NamedTuple):
@@ -120,6 +121,7 @@ class LevelState(NamedTuple):
     pending: Params | None  # global: sum of the chunk's errors so far
     rule: optax.OptState
     origin: tuple[Params, jax.Array] | None  # with bptt_chunks: the first start weights, writes so far int32[]
+    gates: dict[str, jax.Array] | None = None  # level(gates=...): their sums over the chunk so far [...]
 
 
 class NestState(NamedTuple):

@@ -14,9 +14,12 @@ from hope_jax import (
     SelfModifyingConfig,
     Tokens,
     Write,
+    atlas,
+    closed_loop,
     cms,
     cms_chain,
     cms_memory,
+    comba,
     delta_net,
     dgd,
     dgd_attention,
@@ -24,19 +27,29 @@ from hope_jax import (
     gated_delta_net,
     gated_linear_attention,
     heavy_ball,
+    huber_norm,
     l2_regression,
     level,
     linear_attention,
+    linear_attention_pp,
     linear_memory,
     longhorn,
+    memora,
     mlp_memory,
+    moneta,
     nest,
+    oja,
+    omega,
     retention,
     retnet,
     self_modifying,
+    softmax_attention,
     titans_lmm,
     ttt_linear,
+    yaad,
 )
+from hope_jax.local import local_output
+from hope_jax.oja import oja_error
 from hope_jax.writing import factored_errors
 from tests.oracles import (
     assert_close,
@@ -53,6 +66,8 @@ K, V, F, T, C = 3, 2, 4, 7, 3  # C does not divide T: the last chunk stays open
 MATRIX = linear_memory(K, V, 1.0)
 MLP = mlp_memory(K, F)
 ETA, ALPHA, MU = 0.3, 0.9, 0.6  # constants of rules that have no gates
+WINDOW = 5  # of the Omega rule: over more than one chunk
+FEEDBACK, CORRECTION = 0.7, 0.4  # b and d of Comba
 
 
 # --- the published recurrences: (start weights, tokens) -> reads [T, V], last weights --------------------------------
@@ -132,11 +147,96 @@ def loop_titans(start, xs):  # Titans T-13, T-14, T-16: surprise with memory, fo
     return np.stack(ys), m
 
 
+def step_oja(s, k, v, eta, alpha):  # (66) for S = M^T
+    return s @ (alpha * np.eye(V) - eta * np.outer(v, v)) + eta * np.outer(k, v)
+
+
+def loop_comba(start, xs):  # arXiv:2506.02475
+    s, ys = start["w"], []
+    for t in range(T):
+        k, v = xs.key[t], xs.value[t]
+        s = (xs.alpha[t] * np.eye(K) - FEEDBACK * xs.eta[t] * np.outer(k, k)) @ s + xs.eta[t] * np.outer(k, v)
+        ys.append((xs.query[t] - CORRECTION * k) @ s)
+    return np.stack(ys), {"w": s}
+
+
+def window_gradient(m, xs, t, weight):
+    """sum_{i = t-c+1}^t weight_i grad l(m; k_i, v_i), of what there is."""
+    total = {n: np.zeros_like(w) for n, w in m.items()}
+    for i in range(max(t - WINDOW + 1, 0), t + 1):
+        gradient = mlp_gradient(m, xs.key[i], mlp_read(m, xs.key[i]) - xs.value[i])
+        total = {n: total[n] + weight[i] * gradient[n] for n in m}
+    return total
+
+
+def loop_omega(chunk_size):  # (68), gradients at the chunk's start
+    def loop(start, xs):
+        m, ys = start, []
+        for t in range(T):
+            m0 = m if t % chunk_size == 0 else m0  # noqa: F821  (t = 0 comes first)
+            gradient = window_gradient(m0, xs, t, xs.eta)
+            m = {n: xs.alpha[t] * m[n] - gradient[n] for n in m}
+            ys.append(mlp_read(m0, xs.query[t]))
+        return np.stack(ys), m
+
+    return loop
+
+
+def muon(x):
+    """Five quintic steps, on the side with fewer rows."""
+    if x.shape[0] > x.shape[1]:
+        return muon(x.T).T
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x
+
+
+def loop_atlas(start, xs):  # arXiv:2505.23735, one write per whole chunk
+    m, s, ys = start, {n: np.zeros_like(w) for n, w in start.items()}, []
+    for first in range(0, T, C):
+        tokens = range(first, min(first + C, T))
+        ys += [mlp_read(m, xs.query[t]) for t in tokens]
+        if len(tokens) < C:
+            continue
+        gradients = [window_gradient(m, xs, t, np.ones(T)) for t in tokens]
+        cut = slice(first, first + C)
+        s = {n: np.prod(xs.mu[cut]) * s[n] + sum(g[n] for g in gradients) for n in m}
+        m = {n: np.prod(xs.alpha[cut]) * m[n] - np.sum(xs.eta[cut]) * muon(s[n]) for n in m}
+    return np.stack(ys), m
+
+
+def loop_miras(delta, link):  # arXiv:2504.13173
+    def loop(start, xs):
+        a, ys = start, []
+        for first in range(0, T, C):
+            w = {n: link(x) for n, x in a.items()}
+            for t in range(first, min(first + C, T)):
+                gradient = mlp_gradient(w, xs.key[t], delta(mlp_read(w, xs.key[t]) - xs.value[t]))
+                a = {n: xs.alpha[t] * a[n] - xs.eta[t] * gradient[n] for n in a}
+                ys.append(mlp_read(w, xs.query[t]))
+        return np.stack(ys), a
+
+    return loop
+
+
+LOOP_MONETA = loop_miras(lambda r: np.sign(r) * np.abs(r) ** 2, lambda a: a / np.sum(np.abs(a) ** 4) ** (2 / 4))
+LOOP_YAAD = loop_miras(lambda r: r * min(1, 1 / np.linalg.norm(r)), lambda a: a)
+LOOP_MEMORA = loop_miras(lambda r: r, lambda a: np.exp(a) / np.exp(a).sum(axis=0))
+
+
 # --- the table: name -> (recurrence, gates, forms in the words of the library) ---------------------------------------
 
 
 def one(memory, rule, chunk_size, objective, read: Literal["start", "before", "after"] = "start"):
     return nest(level(memory, rule, chunk_size, objective=objective, read=read))
+
+
+def in_loop(n):
+    """A nest on Comba's tokens."""
+    b, d = np.array(FEEDBACK), np.array(CORRECTION)
+    return n._replace(apply=lambda state, xs: n.apply(state, closed_loop(xs, b, d)))
 
 
 CONSTANT_TITANS = optax.chain(optax.sgd(ETA), heavy_ball(MU), retention(ALPHA))
@@ -201,6 +301,26 @@ TABLE = {
         "eta alpha mu",
         [one(MLP, TITANS_RULE, C, l2_regression), titans_lmm(MLP, C)],
     ),
+    "Oja (66)": (
+        running(step_oja),
+        "eta alpha",
+        [
+            nest(level(MATRIX, GRADIENT_DESCENT, 1, read="after"), error=oja_error, output=local_output),
+            oja(K, V),
+        ],
+    ),
+    "Omega rule (68)": (loop_omega(C), "eta alpha", [omega(MATRIX, (K, V), C, WINDOW)]),
+    "Omega rule (68), C = 1, MLP memory": (loop_omega(1), "eta alpha", [omega(MLP, (K, K), 1, WINDOW)]),
+    "Atlas": (loop_atlas, "eta alpha mu", [atlas(MATRIX, (K, V), C, WINDOW)]),
+    "Atlas, MLP memory": (loop_atlas, "eta alpha mu", [atlas(MLP, (K, K), C, WINDOW)]),
+    "Moneta": (LOOP_MONETA, "eta alpha", [moneta(MATRIX, C)]),
+    "Yaad, MLP memory": (LOOP_YAAD, "eta alpha", [yaad(MLP, C), one(MLP, GRADIENT_DESCENT, C, huber_norm())]),
+    "Memora, MLP memory": (LOOP_MEMORA, "eta alpha", [memora(MLP, C)]),
+    "Comba": (
+        loop_comba,
+        "eta alpha",
+        [in_loop(one(MATRIX, dgd(exact=False), C, dot_product, "after")), in_loop(comba(K, V))],
+    ),
     "Titans LMM, constant gates": (loop_titans, "", [one(MATRIX, CONSTANT_TITANS, C, l2_regression)]),
     "Titans LMM, MLP memory, constant gates": (loop_titans, "", [one(MLP, CONSTANT_TITANS, C, l2_regression)]),
 }
@@ -219,8 +339,9 @@ def test_sequence_models(name, form, x64, rng):
     n = forms[form]
     state, y = compiled(lambda p, xs: n.apply(n.init((p,)), xs))(float64(start), xs)
     want_y, want = loop(start, xs)
+    last = state.levels[0]
     assert_close(y, want_y)
-    assert_close(state.levels[0].running, want)
+    assert_close(last.start if last.running is None else last.running, want)
 
 
 def test_titans_without_momentum(x64, rng):
@@ -325,9 +446,45 @@ def test_mlp_block(x64, rng):
     assert_close(state.levels[0].running, params[0], 0)
 
 
+def test_linear_attention_pp(x64, rng):
+    """(69) as one nest, and as two linear attentions, one reading for the other."""
+    n, plain = linear_attention_pp(K), linear_attention(K, K)
+    start = numpy64(n.params(jax.random.key(0))[0])
+    assert not start["attention"].any()
+    assert start["memory"].any()
+    key, value, query = rng.normal(size=(3, T, K))
+    xs = Tokens(key, value, query)
+    a, s, want = start["attention"], start["memory"], []
+    for t in range(T):
+        a, s = (w + np.outer(key[t], value[t]) for w in (a, s))
+        want.append((query[t] @ a) @ s)
+    state, y = compiled(lambda p, xs: n.apply(n.init((p,)), xs))(float64(start), xs)
+    assert_close(y, np.stack(want))
+    assert_close(state.levels[0].running, {"attention": a, "memory": s})
+    attend, recall = (plain.init(({"w": jnp.asarray(start[name])},)) for name in ("attention", "memory"))
+    _, answer = plain.apply(attend, xs)
+    assert_close(plain.apply(recall, xs._replace(query=answer))[1], np.stack(want))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_softmax_attention(window, x64, rng):
+    """(62), (63): the least-squares fit of one vector to the values, weighted by exp(q . k / sqrt(K))."""
+    query, key = rng.normal(size=(2, T, K))
+    value = rng.normal(size=(T, V))
+    y = softmax_attention(query, key, value, window)
+    for t in range(T):
+        seen = slice(0 if window is None else max(t - window + 1, 0), t + 1)
+        root = np.exp(query[t] @ key[seen].T / np.sqrt(K) / 2)[:, None]
+        m, *_ = np.linalg.lstsq(root, root * value[seen])
+        assert_close(y[t], m[0], 1e-10)
+
+
 # --- the table is complete --------------------------------------------------------------------------------------------
 
 OTHERS = {
+    "Linear Attention++": test_linear_attention_pp,
+    "softmax attention": test_softmax_attention,
+    "sliding-window attention": test_softmax_attention,
     "self-modifying Titans": test_self_modifying_titans,
     "CMS": test_continuum_memory_system,
     "momentum": test_momentum,
@@ -346,7 +503,7 @@ def test_every_line_of_the_table_is_proven():
             forms[name] = 1
         elif re.match(r" +=", line):
             forms[name] += 1
-    assert len(forms) >= 13
+    assert len(forms) >= 23
     assert set(forms) == {name.partition(",")[0] for name in TABLE} | set(OTHERS)
     for name, count in forms.items():
         proven = sum(len(f) for row, (_, _, f) in TABLE.items() if row.partition(",")[0] == name)

@@ -562,3 +562,39 @@ def _clocks(*sizes):
 def _run_lengths(keys, values):
     n = _one(dgd(0.1))
     return n.apply(n.init(n.params(jax.random.key(0))), Tokens(jnp.zeros((keys, K)), jnp.zeros((values, K))))
+
+
+# --- gates of global levels -----------------------------------------------------------------------------------------
+
+
+def test_a_global_level_steps_by_the_gates_of_its_chunk(x64, rng):
+    """eta sums, alpha multiplies; a masked token does neither. In one call and in two with the phase unknown."""
+    T, C, H = 7, 4, 2
+    x, delta = rng.normal(size=(2, T, H, K))
+    eta, alpha = rng.uniform(0.1, 0.9, (2, T, H))
+    keep = np.arange(T) != 1
+
+    def descend(updates, state, params, *, eta, **gates):
+        return jax.tree.map(lambda g: -eta * g, updates), state
+
+    descent = optax.GradientTransformationExtraArgs(optax.init_empty_state, descend)
+
+    def error(params, carry, xs):
+        x, delta, eta, alpha, keep = (jnp.moveaxis(a, 0, -2 if a.ndim == 3 else -1) for a in xs)
+        dense = {"w": Outer(delta, x)}
+        return (Write(dense, {"eta": eta, "alpha": alpha}, mask=keep),), carry, xs[0]
+
+    fast = level(linear_memory(K, K), optax.chain(descent, retention()), C, gates=("eta", "log_alpha"))
+    n = nest(fast, error=error)
+    start = rng.normal(size=(H, K, K))
+    xs = (x, delta, eta, alpha, keep)
+    want = start
+    for first in range(0, T - C + 1, C):
+        ts = [t for t in range(first, first + C) if keep[t]]
+        pull = np.einsum("THK,THV->HKV", x[ts], delta[ts]) * eta[ts].sum(0)[:, None, None]
+        want = alpha[ts].prod(0)[:, None, None] * want - pull
+    state, _ = from_scratch(n, ({"w": start},), xs)
+    half, _ = from_scratch(n, ({"w": start},), take(xs, 0, 3))
+    split, _ = compiled(n.apply)(half, take(xs, 3, T))
+    assert_close(state.levels[0].start["w"], want)
+    assert_close(split, state)

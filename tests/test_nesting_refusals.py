@@ -42,6 +42,16 @@ def test_a_global_level_refuses_what_it_cannot_use(write, message):
         n.apply(n.init(n.params(jax.random.key(1))), X)
 
 
+def test_named_gates_must_come_and_are_for_global_levels():
+    write = Write({"w": jnp.ones((3, 3))}, gates={"alpha": jnp.ones(4)})
+    lev = level(LINEAR, optax.sgd(1.0), 4, gates=("eta", "log_alpha"))
+    n = nest(lev, error=lambda params, carry, x: ((write,), carry, x))
+    with pytest.raises(ValueError, match=r"gates are \('eta', 'log_alpha'\), but its errors come with \['alpha'\]"):
+        n.apply(n.init(n.params(jax.random.key(1))), X)
+    with pytest.raises(ValueError, match=r"gates=\('eta',\) are for a global level"):
+        level(LINEAR, dgd(), 4, gates=("eta",))
+
+
 def test_running_reads_need_a_place_to_go():
     with pytest.raises(ValueError, match="give the level an objective"):
         level(LINEAR, optax.sgd(1.0), 4, read="after")

@@ -11,25 +11,33 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hope_jax.gates import Gates, discretised, fixed_decay, no_gates, read_outs, retained, step_size
 from hope_jax.memories import mlp_memory
 from hope_jax.memory_layer import Projections, memory_layer
+from hope_jax.miras import memora, moneta, yaad
+from hope_jax.oja import oja
+from hope_jax.omega import atlas, omega
 from hope_jax.recurrent import lstm, self_referential
 from hope_jax.rwkv7 import rwkv7
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
 from hope_jax.sequence import (
+    closed_loop,
+    comba,
     deep_linear_attention,
     delta_net,
     gated_delta_net,
     gated_linear_attention,
     linear_attention,
+    linear_attention_pp,
     ttt_linear,
     ttt_mlp,
 )
-from hope_jax.sequence_layer import SequenceLayer
+from hope_jax.sequence_layer import SequenceLayer, l2_normalize
 from hope_jax.titans import titans_lmm
+from hope_jax.types import Tokens
 
 from .attention import Attention
 from .mixer import Mixer
@@ -116,6 +124,53 @@ def _lstm(c: ModelConfig) -> SequenceLayer:
 
 def _self_referential(c: ModelConfig) -> SequenceLayer:
     return self_referential(c.dim, c.heads)
+
+
+def _comba(c: ModelConfig) -> SequenceLayer:
+    def start(key: jax.Array, heads: int):
+        del key
+        return {"b": jnp.ones(heads), "d": jnp.full(heads, 0.02)}
+
+    def loop(params, tokens: Tokens) -> Tokens:
+        return closed_loop(tokens, jax.nn.sigmoid(params["b"]), params["d"])
+
+    gates = read_outs(eta=_erase(c), log_alpha=retained(0.99))
+    return memory_layer(comba(*c.head_widths), _projections(c, gates), adjust=loop, adjust_init=start)
+
+
+def _oja(c: ModelConfig) -> SequenceLayer:
+    def unit_values(params, tokens: Tokens) -> Tokens:  # what contracts here are the values
+        del params
+        return tokens._replace(value=l2_normalize(tokens.value))
+
+    gates = read_outs(eta=_erase(c), log_alpha=retained(0.99))
+    return memory_layer(oja(*c.head_widths), _projections(c, gates), adjust=unit_values)
+
+
+def _linear_attention_pp(c: ModelConfig) -> SequenceLayer:
+    tokens = _projections(c, feature=_positive)
+    return memory_layer(linear_attention_pp(c.head_width), tokens, learned_start=True)
+
+
+def _omega(c: ModelConfig) -> SequenceLayer:
+    memory = mlp_memory(c.head_width, c.memory_hidden)
+    gates = read_outs(eta=step_size(c.eta_init / c.omega_window), log_alpha=retained(0.99))
+    rule = omega(memory, c.head_widths, c.chunk_mem, c.omega_window)
+    return memory_layer(rule, _projections(c, gates), learned_start=True)
+
+
+def _atlas(c: ModelConfig) -> SequenceLayer:
+    memory = mlp_memory(c.head_width, c.memory_hidden)
+    gates = read_outs(eta=step_size(c.eta_init), log_alpha=retained(0.99), log_mu=retained(0.9))
+    rule = atlas(memory, c.head_widths, c.chunk_mem, c.omega_window)
+    return memory_layer(rule, _projections(c, gates), learned_start=True)
+
+
+def _miras(c: ModelConfig) -> SequenceLayer:
+    variant = {"moneta": moneta, "yaad": yaad, "memora": memora}[c.miras]
+    gates = read_outs(eta=step_size(c.eta_init), log_alpha=retained(0.99))
+    memory = mlp_memory(c.head_width, c.memory_hidden)
+    return memory_layer(variant(memory, c.chunk_mem), _projections(c, gates), learned_start=True)
 
 
 def _self_modifying(c: ModelConfig) -> SequenceLayer:
@@ -212,12 +267,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ttt_linear": Architecture((_mix(_ttt_linear),)),
     "ttt_mlp": Architecture((_mix(_ttt_mlp),)),
     "dla": Architecture((_mix(_deep_linear_attention),), chunked=True),
+    "omega": Architecture((_mix(_omega),), chunked=True),
+    "atlas": Architecture((_mix(_atlas),), chunked=True),
+    "miras": Architecture((_mix(_miras),), chunked=True),
+    "comba": Architecture((_mix(_comba),)),
+    "oja": Architecture((_mix(_oja),)),
     "delta_net": Architecture((_mix(_delta_net),)),
     "gated_delta_net": Architecture((_mix(_gated_delta_net),)),
     "rwkv7": Architecture((_rwkv7,)),
     "mamba2": Architecture((_mix(_mamba2),)),
     "retnet": Architecture((_mix(_retnet),)),
     "linear_attention": Architecture((_mix(_linear_attention),)),
+    "linear_attention_pp": Architecture((_mix(_linear_attention_pp),)),
     "samba": Architecture((_mix(_mamba2), _window_attention), rotary=True),
     "swa": Architecture((_window_attention,), rotary=True),
     "transformer": Architecture((_attention,), cache=True, rotary=True),

@@ -13,6 +13,7 @@ else:
     Name = Literal[NAMES]  # so that a mistyped override is answered with the nearest
 READS = ("start", "before")
 MLP_RULES = ("input", "layerwise")
+VARIANTS = ("moneta", "yaad", "memora")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
 
@@ -42,6 +43,8 @@ class ModelConfig:
       adaptive_q: queries come from a written box too.
       static: of "k" and "v": those made by ordinary projections instead of written boxes.
       erase_max: largest erase coefficient of delta-rule models; 2 gives transitions with eigenvalues down to -1.
+      omega_window: tokens that each token of "omega" and "atlas" writes, itself and the last before it.
+      miras: objective and retention of "miras": "moneta" (Lp, Lq), "yaad" (Huber, L2) or "memora" (L2, KL).
       conv_window: causal convolution after q, k, v; 0 = none.
       value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
         themselves, can feed on their own growth until they overflow (experiments/LOG.md).
@@ -84,6 +87,8 @@ class ModelConfig:
     adaptive_q: bool = False
     static: tuple[str, ...] = ()
     erase_max: float = 1.0
+    omega_window: int = 4
+    miras: Literal["moneta", "yaad", "memora"] = "yaad"
     conv_window: int = 4
     value_norm: bool = True
     error_clip: float | None = None
@@ -177,7 +182,7 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     )
 
 
-_CHOICES = {"name": NAMES, "read": READS, "mlp_rule": MLP_RULES, "dtype": DTYPES, "remat": REMATS}
+_CHOICES = {"name": NAMES, "read": READS, "mlp_rule": MLP_RULES, "miras": VARIANTS, "dtype": DTYPES, "remat": REMATS}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -196,6 +201,7 @@ def _check_sizes(config: ModelConfig) -> None:
         "chunk_mem",
         "window",
         "persistent",
+        "omega_window",
         "max_length",
     ):
         _require_positive(field, getattr(config, field))

@@ -13,6 +13,9 @@ from hope_jax.models import build_lm
 from tests.models.cases import CASES, LENGTH, VOCAB, distinct_tokens, next_token_loss
 
 TOLERANCE = 1e-5  # float32, order-one logits
+# Muon multiplies the rounding of directions that a gradient lacks by 3.4445^5 before it steps by 4 eta = 0.4: 2e-5 a
+# write, and four writes.
+TOLERANCES = {"atlas": 1e-4}
 
 
 # Two clocks in a layer, and gradients through the gradients of a whole model, compile for a while.
@@ -94,8 +97,8 @@ def test_every_parameter_learns_and_the_first_loss_is_log_vocabulary(case):
 def test_one_call_is_any_split_with_the_phase_known(case, cut):
     state, head = case.apply(case.params, case.fresh, case.tokens[:, :cut], phase=0)
     state, tail = case.apply(case.params, state, case.tokens[:, cut:], phase=cut)
-    _close(jnp.concatenate([head, tail], axis=1), case.logits)
-    _close_states(state, case.state)
+    _close(case, jnp.concatenate([head, tail], axis=1), case.logits)
+    _close_states(case, state, case.state)
 
 
 def test_decoding_token_by_token_is_the_parallel_pass(case):
@@ -103,14 +106,14 @@ def test_decoding_token_by_token_is_the_parallel_pass(case):
     for t in range(LENGTH):
         state, logits = case.apply(case.params, state, case.tokens[:, t : t + 1])
         parts.append(logits)
-    _close(jnp.concatenate(parts, axis=1), case.logits)
-    _close_states(state, case.state)
+    _close(case, jnp.concatenate(parts, axis=1), case.logits)
+    _close_states(case, state, case.state)
 
 
 def test_a_prompt_that_ends_inside_a_chunk_goes_on_with_the_phase_unknown(case):
     state, head = case.apply(case.params, case.fresh, case.tokens[:, :5], phase=0)
     _, tail = case.apply(case.params, state, case.tokens[:, 5:])
-    _close(jnp.concatenate([head, tail], axis=1), case.logits)
+    _close(case, jnp.concatenate([head, tail], axis=1), case.logits)
 
 
 def test_rows_share_nothing(case):
@@ -128,14 +131,14 @@ def test_padding_is_neither_seen_nor_remembered(case):
         for pad in (0, VOCAB - 1)
     ]
     np.testing.assert_array_equal(outcomes[0][mask], outcomes[1][mask])
-    _close(outcomes[0][1], case.logits[1])  # the unpadded row
+    _close(case, outcomes[0][1], case.logits[1])  # the unpadded row
     assert float(jnp.abs(outcomes[0][0, 8] - case.logits[0, 8]).max()) > 1e-3
 
 
 def test_padding_at_the_end_changes_nothing_before_it(case):
     mask = jnp.arange(LENGTH)[None] < jnp.array([[11], [LENGTH]])
     _, logits = case.apply(case.params, case.fresh, case.tokens, phase=0, mask_BT=mask)
-    _close(logits[mask], case.logits[mask])
+    _close(case, logits[mask], case.logits[mask])
 
 
 def test_reset_rows_start_again_and_others_go_on(case):
@@ -147,8 +150,8 @@ def test_reset_rows_start_again_and_others_go_on(case):
         state, logits = case.apply(case.params, state, token)
         parts.append(logits)
     logits = jnp.concatenate(parts, axis=1)
-    _close(logits[0], case.logits[0, :6])
-    _close(logits[1], case.logits[1, 5:11])
+    _close(case, logits[0], case.logits[0, :6])
+    _close(case, logits[1], case.logits[1, 5:11])
 
 
 def test_state_keeps_its_shape_its_batch_axis_and_one_program(case):
@@ -225,9 +228,9 @@ def test_thirty_steps_lower_the_loss(case):
     assert float(losses[-1]) < 0.8 * float(losses[0])
 
 
-def _close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+def _close(case, actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCES.get(case.name, TOLERANCE))
 
 
-def _close_states(actual, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE), actual, expected)
+def _close_states(case, actual, expected):
+    jax.tree.map(lambda a, b: _close(case, a, b), actual, expected)
