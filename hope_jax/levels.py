@@ -25,6 +25,7 @@ def level(
     objective: Objective | None = None,
     read: Literal["start", "before", "after"] = "start",
     bptt_chunks: int | None = None,
+    restarts: bool = False,
 ) -> Level:
     """One memory with its rule and its clock.
 
@@ -38,6 +39,8 @@ def level(
         read: the weights that answer a query of a local level: "start" of the chunk, or running, "before" or
             "after" the token's own write (spec 5.1).
         bptt_chunks: truncate the outer gradient after every so many writes; None never (spec 6.6).
+        restarts: these weights are where the next faster level of a nest starts: whenever they have been written, it
+            starts again from them, with a fresh rule state (spec 6.5).
 
     Raises:
         ValueError: chunk_size or bptt_chunks below 1, an unknown read, or a running read of a level that is
@@ -55,7 +58,7 @@ def level(
         raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
     if read not in READS:
         raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
-    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks)
+    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks, restarts)
     if read != "start" and not writes_tokens(made):
         raise ValueError(f"read={read!r} needs weights that change within the chunk: give the level an objective")
     return made
@@ -94,7 +97,13 @@ def begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> 
 
 
 def close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
-    return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
+    """The end of the chunks of some levels: all write, then the faster levels that they restart start again."""
+    new = [_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True))]
+    for i in due:
+        while levels[i].restarts:  # down a chain of levels that hold each other's start
+            new[i - 1] = open_level(levels[i - 1], new[i].start)
+            i -= 1
+    return tuple(new)
 
 
 def _close_one(lev: Level, state: LevelState) -> LevelState:

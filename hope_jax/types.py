@@ -83,6 +83,7 @@ class Level(NamedTuple):
     objective: Objective | None  # None: a global level, its error is dense and summed over the chunk
     read: Literal["start", "before", "after"]  # which weights answer a query
     bptt_chunks: int | None  # outer gradient truncated after this many writes
+    restarts: bool = False  # the next faster level starts again from these weights whenever they are written
 
 
 class Tokens(NamedTuple):
