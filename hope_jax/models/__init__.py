@@ -7,3 +7,5 @@ from .functional import functional as functional
 from .lm import LM as LM
 from .sizing import count_parameters as count_parameters
 from .sizing import match_parameters as match_parameters
+from .stacking import Pretrained as Pretrained
+from .stacking import stack_levels as stack_levels

@@ -22,7 +22,10 @@ class Block(nnx.Module):
         if config.name == "transformer":
             self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=_out_gain(config), rngs=rngs)
         else:
-            self.cms = CMSChain(config.dim, config.cms_hidden, out_gain=_out_gain(config), rngs=rngs)
+            independent = config.cms_variant == "independent"
+            self.cms = CMSChain(
+                config.dim, config.cms_hidden, out_gain=_out_gain(config), independent=independent, rngs=rngs
+            )
 
     def init_state(self, batch_size: int) -> Any:
         """The mixer's state for a batch of fresh rows."""

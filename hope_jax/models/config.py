@@ -9,6 +9,8 @@ READS = ("start", "before")
 MLP_RULES = ("input", "layerwise")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
+CMS_VARIANTS = ("sequential", "nested", "independent")
+CMS_METAS = ("first_order", "outer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ class ModelConfig:
         adapt inside the sequence; () = every level is an ordinary parameter. Each size divides the next.
       cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.
       bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
+      cms_variant: "sequential" (a chain), "nested" (a chain whose fast levels start again when the next slower fast
+        one writes) or "independent" (all levels read the same input; a softmax of learned logits mixes them).
+      cms_meta: of "nested": "first_order" moves the start states inside the sequence too, "outer" does not.
+      mlp_chunks: of the transformer, one entry per layer: the chunk size in tokens of the fast level to which the
+        layer's MLP belongs, None for an ordinary MLP; () = all ordinary. Steps are those of `cms_eta`.
       mlp_hidden: hidden width of the transformer's SwiGLU; None = 8/3 dim, to the next multiple of 8.
       max_length: tokens the attention cache holds.
       rope_theta: base of the rotary wavelengths.
@@ -80,6 +87,9 @@ class ModelConfig:
     cms_chunks: tuple[int, ...] = ()
     cms_eta: float = 0.1
     bptt_chunks: tuple[int | None, ...] = ()
+    cms_variant: Literal["sequential", "nested", "independent"] = "sequential"
+    cms_meta: Literal["first_order", "outer"] = "first_order"
+    mlp_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
     max_length: int = 2048
     rope_theta: float = 10_000.0
@@ -88,7 +98,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:
-        for field in ("cms_hidden", "cms_chunks", "bptt_chunks"):
+        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "mlp_chunks"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
         for field, choices in _CHOICES.items():
             _require(
@@ -110,6 +120,11 @@ class ModelConfig:
         return self.mlp_hidden if self.mlp_hidden is not None else -(-8 * self.dim // 3 // 8) * 8
 
     @property
+    def fast_chunks(self) -> tuple[int, ...]:
+        """Chunk sizes of the levels that adapt inside the sequence, fastest first."""
+        return self.cms_chunks or tuple(sorted({chunk for chunk in self.mlp_chunks if chunk is not None}))
+
+    @property
     def branches(self) -> int:
         """Residual branches in the whole model: output matrices start smaller by the root of this."""
         return self.layers * (2 if self.name == "transformer" else 1 + len(self.cms_hidden))
@@ -121,11 +136,11 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     Raises:
       ValueError: `length` ends before anything is read that the slowest fast level or memory wrote.
     """
-    slowest = max(config.cms_chunks, default=0)
+    slowest = max(config.fast_chunks, default=0)
     _require(
         length > slowest,
         f"sequences of {length} tokens never read what the CMS level with chunk {slowest} writes; train on "
-        f"{slowest + 1} tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
+        f"{slowest + 1} tokens or more, shorten the chunks {config.fast_chunks}, or drop that one (an ordinary level)",
     )
     chunk = max(config.chunk_proj, config.chunk_mem) if config.name == "hope" and config.read == "start" else 0
     _require(
@@ -135,7 +150,15 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     )
 
 
-_CHOICES = {"name": NAMES, "read": READS, "mlp_rule": MLP_RULES, "dtype": DTYPES, "remat": REMATS}
+_CHOICES = {
+    "name": NAMES,
+    "read": READS,
+    "mlp_rule": MLP_RULES,
+    "dtype": DTYPES,
+    "remat": REMATS,
+    "cms_variant": CMS_VARIANTS,
+    "cms_meta": CMS_METAS,
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -208,18 +231,39 @@ def _check_fast_levels(config: ModelConfig) -> None:
         len(chunks) <= len(config.cms_hidden),
         f"cms_chunks {chunks} has more entries than cms_hidden {config.cms_hidden}; give each level a width",
     )
+    _check_mlp_chunks(config)
+    fast_chunks = config.fast_chunks
     _require(
-        all(slow % fast == 0 for fast, slow in itertools.pairwise(chunks)),
-        f"chunk sizes must divide, fastest first; got cms_chunks={list(chunks)}",
+        all(slow % fast == 0 for fast, slow in itertools.pairwise(fast_chunks)),
+        f"chunk sizes must divide, fastest first; got {'cms' if chunks else 'mlp'}_chunks={list(fast_chunks)}",
+    )
+    _require(
+        config.cms_variant != "nested" or len(fast_chunks) >= 2 or config.name == "transformer",
+        f"cms_variant='nested' needs two fast levels, or nothing starts again; got chunk sizes {fast_chunks}",
     )
     _require(config.cms_eta >= 0, f"cms_eta must not be negative; got {config.cms_eta}")
     _require(
-        len(config.bptt_chunks) <= len(chunks),
-        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, cms_chunks={chunks}",
+        len(config.bptt_chunks) <= len(fast_chunks),
+        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, of chunk sizes {fast_chunks}",
     )
     for value in config.bptt_chunks:
         if value is not None:
             _require_positive("each entry of bptt_chunks that is not None", value)
+
+
+def _check_mlp_chunks(config: ModelConfig) -> None:
+    chunks = config.mlp_chunks
+    _require(
+        not chunks or config.name == "transformer",
+        f"mlp_chunks assigns the MLPs of a transformer to levels, name={config.name!r} has cms_chunks; got {chunks}",
+    )
+    _require(
+        len(chunks) in (0, config.layers),
+        f"mlp_chunks needs one entry per layer, None for an ordinary MLP; got {chunks} for {config.layers} layers",
+    )
+    for chunk in chunks:
+        if chunk is not None:
+            _require_positive("each entry of mlp_chunks that is not None", chunk)
 
 
 def _require_positive(field: str, value: object) -> None:
