@@ -17,14 +17,21 @@ class Block(nnx.Module):
     """`x + mixer(RMSNorm(x))`, then the CMS chain or the MLP, each with its own norms and residuals."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.dim)
+        self.mixer_norm = RMSNorm(config.dim, epsilon=config.norm_eps)
         self.mixer = _mixer(config, rngs)
         if config.name == "transformer":
-            self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=_out_gain(config), rngs=rngs)
+            self.mlp = SwiGLU(
+                config.dim, config.mlp_width, out_gain=_out_gain(config), norm_eps=config.norm_eps, rngs=rngs
+            )
         else:
             independent = config.cms_variant == "independent"
             self.cms = CMSChain(
-                config.dim, config.cms_hidden, out_gain=_out_gain(config), independent=independent, rngs=rngs
+                config.dim,
+                config.cms_hidden,
+                out_gain=_out_gain(config),
+                independent=independent,
+                norm_eps=config.norm_eps,
+                rngs=rngs,
             )
 
     def init_state(self, batch_size: int) -> Any:
@@ -52,6 +59,9 @@ def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> HopeMixer | Attention:
         config.heads,
         capacity=config.max_length,
         theta=config.rope_theta,
+        kv_heads=config.kv_heads,
+        head_width=config.head_width,
+        scaling=config.rope_llama3,
         out_gain=_out_gain(config),
         rngs=rngs,
     )

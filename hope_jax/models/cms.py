@@ -15,8 +15,8 @@ from .params import matmul, matrix
 class Level(nnx.Module):
     """`gelu(RMSNorm(x) @ w2) @ w1`, the two-layer memory of one clock."""
 
-    def __init__(self, dim: int, hidden: int, *, out_gain: float, rngs: nnx.Rngs):
-        self.norm = RMSNorm(dim)
+    def __init__(self, dim: int, hidden: int, *, out_gain: float, norm_eps: float, rngs: nnx.Rngs):
+        self.norm = RMSNorm(dim, epsilon=norm_eps)
         self.w2 = matrix(rngs, dim, hidden)
         self.w1 = matrix(rngs, hidden, dim, out_gain)
 
@@ -31,13 +31,20 @@ class CMSChain(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: tuple[int, ...], *, out_gain: float, independent: bool = False, rngs: nnx.Rngs
+        self,
+        dim: int,
+        hidden: tuple[int, ...],
+        *,
+        out_gain: float,
+        independent: bool = False,
+        norm_eps: float = 1e-6,
+        rngs: nnx.Rngs,
     ):
         self.depth, self.independent = len(hidden), independent
         if independent:
             self.logits = nnx.Param(jnp.zeros(len(hidden), jnp.float32))
         for i, width in enumerate(hidden):
-            setattr(self, level_name(i), Level(dim, width, out_gain=out_gain, rngs=rngs))
+            setattr(self, level_name(i), Level(dim, width, out_gain=out_gain, norm_eps=norm_eps, rngs=rngs))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         levels = [getattr(self, level_name(i)) for i in range(self.depth)]

@@ -23,7 +23,7 @@ class ModelConfig:
       vocab_size: number of tokens.
       dim: width D of the residual stream.
       layers: number of blocks.
-      heads: heads of the self-modifying layer or of attention; must divide `dim`.
+      heads: heads of the self-modifying layer or of attention; must divide `dim` unless `head_dim` is given.
       memory_hidden: hidden width F of each self-modifying box.
       chunk_proj: tokens per write of the boxes that make k, v and the gates; it divides `chunk_mem` or the
         reverse.
@@ -52,8 +52,13 @@ class ModelConfig:
       mlp_chunks: of the transformer, one entry per layer: the chunk size in tokens of the fast level to which the
         layer's MLP belongs, None for an ordinary MLP; () = all ordinary. Steps are those of `cms_eta`.
       mlp_hidden: hidden width of the transformer's SwiGLU; None = 8/3 dim, to the next multiple of 8.
+      kv_heads: heads of keys and values of attention, a divisor of `heads` (grouped queries); None = `heads`.
+      head_dim: channels per head of attention; None = dim / heads.
       max_length: tokens the attention cache holds.
       rope_theta: base of the rotary wavelengths.
+      rope_llama3: () or the four numbers of "llama3" scaling: factor, low and high frequency factors, and tokens of
+        the contexts before scaling (see `rotary.stretched`).
+      norm_eps: constant inside the norms of the residual stream.
       tie_embeddings: the head reuses the embedding.
       dtype: compute dtype, "float32" or "bfloat16"; parameters and states stay float32.
       remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products).
@@ -91,14 +96,18 @@ class ModelConfig:
     cms_meta: Literal["first_order", "outer"] = "first_order"
     mlp_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
     max_length: int = 2048
     rope_theta: float = 10_000.0
+    rope_llama3: tuple[float, ...] = ()
+    norm_eps: float = 1e-6
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:
-        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "mlp_chunks"):
+        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "mlp_chunks", "rope_llama3"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
         for field, choices in _CHOICES.items():
             _require(
@@ -112,7 +121,7 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Channels per head, K."""
-        return self.dim // self.heads
+        return self.head_dim if self.head_dim is not None else self.dim // self.heads
 
     @property
     def mlp_width(self) -> int:
@@ -183,8 +192,9 @@ def _check_sizes(config: ModelConfig) -> None:
             _require_positive(f"each entry of {field}", value)
     if config.mlp_hidden is not None:
         _require_positive("mlp_hidden", config.mlp_hidden)
+    _check_attention(config)
     _require(
-        config.dim % config.heads == 0,
+        (config.head_dim is not None and config.name != "hope") or config.dim % config.heads == 0,
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
@@ -197,6 +207,23 @@ def _check_sizes(config: ModelConfig) -> None:
         "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
     )
     _require(config.rope_theta > 0, f"rope_theta must be positive; got {config.rope_theta}")
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.head_dim is not None:
+        _require_positive("head_dim", config.head_dim)
+    if config.kv_heads is not None:
+        _require_positive("kv_heads", config.kv_heads)
+        _require(
+            config.heads % config.kv_heads == 0,
+            f"kv_heads must divide heads; got kv_heads={config.kv_heads}, heads={config.heads}",
+        )
+    scaling = config.rope_llama3
+    _require(
+        len(scaling) in (0, 4) and all(value > 0 for value in scaling) and (not scaling or scaling[1] < scaling[2]),
+        f"rope_llama3 needs factor, low < high frequency factors and a length, all positive, or (); got {scaling}",
+    )
+    _require(config.norm_eps > 0, f"norm_eps must be positive; got {config.norm_eps}")
 
 
 def _check_memories(config: ModelConfig) -> None:
