@@ -34,12 +34,14 @@ What is known by other names is an arrangement of these (each line is proven in 
     sliding-window attention  softmax_attention(window=c): the same over the last c tokens (63)
     self-modifying Titans   nest(level(k, v, eta, alpha boxes, dgd, C_proj), level(mem box, dgd, C_mem))
     CMS                     nest(*[level(cms_memory, tx, C_l)]) with the gradient of the chain's loss as error
+    nested CMS              the same, each level followed by level(cms_memory, tx_{l+1}, C_{l+1}, restarts=True)
+    independent CMS         the same levels side by side: x + sum of softmax(logits)_l MLP_l(norm(x))
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
     MLP block               a level with learning rate 0
 """
 
 from hope_jax.attention import softmax_attention
-from hope_jax.cms import cms, cms_chain, cms_memory, slow_period
+from hope_jax.cms import cms, cms_chain, cms_memory, cms_mixture, slow_period
 from hope_jax.levels import level
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
 from hope_jax.miras import memora, miras, moneta, yaad
@@ -63,6 +65,7 @@ from hope_jax.sequence import (
     ttt_linear,
 )
 from hope_jax.sequence_layer import SequenceLayer
+from hope_jax.start_levels import nest_with_starts
 from hope_jax.titans import titans_lmm
 from hope_jax.transforms import dgd, heavy_ball, newton_schulz, retention
 from hope_jax.types import (
@@ -96,6 +99,7 @@ __all__ = [
     "cms",
     "cms_chain",
     "cms_memory",
+    "cms_mixture",
     "comba",
     "contract",
     "deep_memory",
@@ -122,6 +126,7 @@ __all__ = [
     "mlp_memory",
     "moneta",
     "nest",
+    "nest_with_starts",
     "newton_schulz",
     "oja",
     "omega",

@@ -26,6 +26,7 @@ def level(
     read: Literal["start", "before", "after"] = "start",
     bptt_chunks: int | None = None,
     gates: tuple[str, ...] = (),
+    restarts: bool = False,
 ) -> Level:
     """One memory with its rule and its clock.
 
@@ -42,6 +43,8 @@ def level(
         gates: names of per-token gates of a global level, each summed over the chunk and given to the rule as an extra
             argument [..., 1, 1]: "log_alpha" and "log_mu" (a chunk retains the product of its tokens' fractions) or
             "eta". Local levels need no names: their rule sees every token's gates.
+        restarts: these weights are where the next faster level of a nest starts: whenever they have been written, it
+            starts again from them, with a fresh rule state (spec 6.5).
 
     Raises:
         ValueError: chunk_size or bptt_chunks below 1, an unknown read, a running read of a level that is written only
@@ -59,7 +62,7 @@ def level(
         raise ValueError(f"bptt_chunks is a number of writes, at least 1, or None; got {bptt_chunks}")
     if read not in READS:
         raise ValueError(f"read must be one of {', '.join(READS)}; got {read!r}")
-    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks, tuple(gates))
+    made = Level(memory, tx, chunk_size, objective, read, bptt_chunks, tuple(gates), restarts)
     if read != "start" and not writes_tokens(made):
         raise ValueError(f"read={read!r} needs weights that change within the chunk: give the level an objective")
     if gates and writes_tokens(made):
@@ -110,7 +113,13 @@ def begin(levels: tuple[Level, ...], states: tuple[LevelState, ...], i: int) -> 
 
 
 def close(levels: tuple[Level, ...], states: tuple[LevelState, ...], due) -> tuple[LevelState, ...]:
-    return tuple(_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True)))
+    """The end of the chunks of some levels: all write, then the faster levels that they restart start again."""
+    new = [_close_one(l, s) if i in due else s for i, (l, s) in enumerate(zip(levels, states, strict=True))]
+    for i in due:
+        while levels[i].restarts:  # down a chain of levels that hold each other's start
+            new[i - 1] = open_level(levels[i - 1], new[i].start)
+            i -= 1
+    return tuple(new)
 
 
 def _close_one(lev: Level, state: LevelState) -> LevelState:

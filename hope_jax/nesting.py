@@ -148,12 +148,14 @@ def nest(
             (states, carry), (y, errors) = fast(state.levels, state.carry, piece_of_one)
             states, _ = absorb(states, errors, range(len(levels)))
             phase = state.phase + 1
-            due = [phase % c == 0 for c in sizes]
-            closed = close(levels, tuple(map(safe_pending, states, due)), range(len(levels)))
-            states = tuple(
-                jax.tree.map(lambda a, b, d=d: jnp.where(d, a, b), new, old)
-                for d, new, old in zip(due, closed, states, strict=True)
-            )
+            for i, c in enumerate(sizes):
+                due = phase % c == 0
+                safe = tuple(safe_pending(s, due) if j == i else s for j, s in enumerate(states))
+                states = jax.tree.map(
+                    lambda new, old, due=due: new if new is old else jnp.where(due, new, old),
+                    close(levels, safe, [i]),
+                    states,
+                )
             return NestState(states, carry, phase % sizes[-1]), jax.tree.map(lambda a: a[0], y)
 
         return jax.lax.scan(body, state._replace(phase=jnp.asarray(state.phase, jnp.int32)), xs)
@@ -178,6 +180,8 @@ def _check_levels(levels: tuple[Level, ...], error: Callable | None, output: Cal
     if not levels:
         raise ValueError("nest needs at least one level")
     sizes = [l.chunk_size for l in levels]
+    if levels[0].restarts:
+        raise ValueError("the fastest level has restarts=True, but there is no faster one that could start from it")
     if any(slow % fast for fast, slow in itertools.pairwise(sizes)):
         raise ValueError(f"chunk sizes must divide, fastest first; got {sizes}")
     if error is None and any(l.objective is None or l.memory is None for l in levels):

@@ -84,6 +84,7 @@ class Level(NamedTuple):
     read: Literal["start", "before", "after"]  # which weights answer a query
     bptt_chunks: int | None  # outer gradient truncated after this many writes
     gates: tuple[str, ...] = ()  # of a global level: summed over the chunk, then given to the rule
+    restarts: bool = False  # the next faster level starts again from these weights whenever they are written
 
 
 class Tokens(NamedTuple):

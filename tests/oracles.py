@@ -119,13 +119,52 @@ def cms_factors(params_by_level, x, target):
     return y, factors
 
 
-def cms_loop(start, xs, targets, sizes, eta):
+def independent_token(params_by_level, x, target, logits):
+    """One token of independent levels, (74): output, and the gradient of 1/2 ||y - target||^2 to every weight."""
+    share = np.exp(logits) / np.exp(logits).sum()
+    n = x / np.sqrt(np.mean(x**2) + 1e-6)
+    y = x + sum(a * mlp_read(p, n, residual=False) for a, p in zip(share, params_by_level, strict=True))
+    return y, [mlp_gradient(p, n, a * (y - target)) for a, p in zip(share, params_by_level, strict=True)]
+
+
+def nested_cms_loop(start, xs, targets, sizes, eta, *, mu=0.0, first_order=True):
+    """Spec 6.5, nested, token by token; all rules are eta / C times a trace of decay mu.
+
+    Returns:
+        Outputs, and after every token: weights, start states of all levels but the last, and both pending sums.
+    """
+    zero = lambda p: {n: np.zeros_like(w) for n, w in p.items()}  # noqa: E731
+    add = lambda a, b, scale=1.0: {n: a[n] + scale * b[n] for n in a}  # noqa: E731
+    weights, starts = [dict(p) for p in start], [dict(p) for p in start[:-1]]
+    pending, trace = [zero(p) for p in start], [zero(p) for p in start]
+    start_pending, start_trace = [zero(p) for p in starts], [zero(p) for p in starts]
+    ys, history = [], []
+    for t in range(len(xs)):
+        y, gradients = cms_token(weights, xs[t], targets[t])
+        ys.append(y)
+        pending = [add(p, g) for p, g in zip(pending, gradients, strict=True)]
+        if first_order:
+            start_pending = [add(p, g) for p, g in zip(start_pending, gradients[:-1], strict=True)]
+        for i, c in enumerate(sizes):  # all write ...
+            if (t + 1) % c == 0:
+                trace[i] = add(pending[i], trace[i], mu)
+                weights[i], pending[i] = add(weights[i], trace[i], -eta / c), zero(weights[i])
+        for i, c in enumerate(sizes[1:]):  # ... and then the faster ones start again
+            if (t + 1) % c == 0:
+                start_trace[i] = add(start_pending[i], start_trace[i], mu)
+                starts[i], start_pending[i] = add(starts[i], start_trace[i], -eta / c), zero(starts[i])
+                weights[i], trace[i] = dict(starts[i]), zero(starts[i])
+        history.append((list(weights), list(starts), list(pending), list(start_pending)))
+    return np.stack(ys), history
+
+
+def cms_loop(start, xs, targets, sizes, eta, token=cms_token):
     """(S6.2) token by token: outputs and the weights after every token."""
     weights = [dict(p) for p in start]
     pending = [{n: np.zeros_like(w) for n, w in p.items()} for p in start]
     ys, history = [], []
     for t in range(len(xs)):
-        y, gradients = cms_token(weights, xs[t], targets[t])
+        y, gradients = token(weights, xs[t], targets[t])
         ys.append(y)
         pending = [{n: p[n] + g[n] for n in p} for p, g in zip(pending, gradients, strict=True)]
         for i, c in enumerate(sizes):

@@ -19,6 +19,7 @@ from hope_jax import (
     cms,
     cms_chain,
     cms_memory,
+    cms_mixture,
     comba,
     delta_net,
     dgd,
@@ -56,8 +57,10 @@ from tests.oracles import (
     cms_loop,
     compiled,
     float64,
+    independent_token,
     mlp_gradient,
     mlp_read,
+    nested_cms_loop,
     numpy64,
     self_modifying_loop,
 )
@@ -415,6 +418,55 @@ def test_continuum_memory_system(x64, rng):
         assert_close([s.start for s in state.levels], history[-1])
 
 
+def test_nested_continuum_memory_system(x64, rng):
+    """A level that restarts the one before it, written with that one's errors, is what `cms` makes of "nested"."""
+    sizes = (1, 2, 4)
+    fast, middle, slow = levels = [level(cms_memory(K, F), optax.sgd(0.2 / c), c) for c in sizes]
+    starts = [level(cms_memory(K, F), optax.sgd(0.2 / c), c, restarts=True) for c in sizes[1:]]
+
+    def error(params, carry, xs):
+        def loss(params):
+            y = cms_chain([lev.memory for lev in levels], params, xs[0])
+            return jnp.sum((y - xs[1]) ** 2) / 2, y
+
+        (for_fast, for_middle, for_slow), y = jax.grad(loss, has_aux=True)(params[::2])
+        return (for_fast, for_fast, for_middle, for_middle, for_slow), carry, y
+
+    xs = tuple(rng.normal(size=(2, T, K)))
+    ready = cms(*levels, loss=l2_regression.loss, variant="nested")
+    by_hand = nest(fast, starts[0], middle, starts[1], slow, error=error)
+    a, b, c = params = float64(ready.params(jax.random.key(0)))
+    want_y, history = nested_cms_loop(numpy64(params), xs[0], xs[1], sizes, 0.2)
+    for n, p in ((by_hand, (a, a, b, b, c)), (ready, params)):
+        state, y = compiled(lambda p, xs, n=n: n.apply(n.init(p), xs))(p, xs)
+        assert_close(y, want_y)
+        assert_close([s.start for s in state.levels[::2]], history[-1][0])
+
+
+def test_independent_continuum_memory_system(x64, rng):
+    """Global levels whose error is `jax.grad` of the mixture's loss are `cms(variant="independent")`, and (74)."""
+    sizes, logits = (1, 2, 4), rng.normal(size=3)
+    levels = [level(cms_memory(K, F), optax.sgd(0.2 / c), c) for c in sizes]
+
+    def error(params, carry, xs):
+        def loss(params):
+            y = cms_mixture([lev.memory for lev in levels], params, xs[0], carry)
+            return jnp.sum((y - xs[1]) ** 2) / 2, y
+
+        errors, y = jax.grad(loss, has_aux=True)(params)
+        return errors, carry, y
+
+    xs = tuple(rng.normal(size=(2, T, K)))
+    by_hand, ready = nest(*levels, error=error), cms(*levels, loss=l2_regression.loss, variant="independent")
+    params = float64(ready.params(jax.random.key(0)))
+    token = lambda weights, x, target: independent_token(weights, x, target, logits)  # noqa: E731
+    want_y, history, _ = cms_loop(numpy64(params), xs[0], xs[1], sizes, 0.2, token)
+    for n in (by_hand, ready):
+        state, y = compiled(lambda p, xs, n=n: n.apply(n.init(p, logits), xs))(params, xs)
+        assert_close(y, want_y)
+        assert_close([s.start for s in state.levels], history[-1])
+
+
 def test_momentum(x64, rng):
     """(33): m <- alpha m - eta x delta^T. As optax.trace, as heavy_ball, and as a matrix memory written with the pairs
     (layer input, minus the error at its output), whose content is the update."""
@@ -487,6 +539,8 @@ OTHERS = {
     "sliding-window attention": test_softmax_attention,
     "self-modifying Titans": test_self_modifying_titans,
     "CMS": test_continuum_memory_system,
+    "nested CMS": test_nested_continuum_memory_system,
+    "independent CMS": test_independent_continuum_memory_system,
     "momentum": test_momentum,
     "MLP block": test_mlp_block,
 }

@@ -230,7 +230,17 @@ def _mix(layer: Callable[[ModelConfig], SequenceLayer]) -> Callable[[ModelConfig
 
 
 def _attention(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
-    return Attention(c.dim, c.heads, capacity=c.max_length, theta=c.rope_theta, out_gain=c.out_gain, rngs=rngs)
+    return Attention(
+        c.dim,
+        c.heads,
+        capacity=c.max_length,
+        theta=c.rope_theta,
+        kv_heads=c.kv_heads,
+        head_width=c.head_width,
+        scaling=c.rope_llama3,
+        out_gain=c.out_gain,
+        rngs=rngs,
+    )
 
 
 def _rwkv7(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

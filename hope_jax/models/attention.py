@@ -12,7 +12,7 @@ from .rotary import rotate
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer; S slots, each row at its own position."""
+    """Keys and values of one layer; S slots, each row at its own position; H counts heads of keys and values."""
 
     key_BSHK: jax.Array  # [B, S, H, K] float32, already rotated
     value_BSHK: jax.Array  # [B, S, H, K] float32
@@ -21,20 +21,37 @@ class KVCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal attention that carries its past in a `KVCache`."""
+    """Multi-head causal attention that carries its past in a `KVCache`.
 
-    def __init__(self, dim: int, heads: int, *, capacity: int, theta: float, out_gain: float, rngs: nnx.Rngs):
-        self.dim, self.heads, self.capacity, self.theta = dim, heads, capacity, theta
-        self.wq = matrix(rngs, dim, dim)
-        self.wk = matrix(rngs, dim, dim)
-        self.wv = matrix(rngs, dim, dim)
-        self.wo = matrix(rngs, dim, dim, out_gain)
+    With fewer `kv_heads` than `heads` each head of keys and values serves a group of neighbouring query heads
+    (arXiv:2305.13245).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        capacity: int,
+        theta: float,
+        out_gain: float,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        scaling: tuple[float, ...] = (),
+        rngs: nnx.Rngs,
+    ):
+        self.kv_heads, self.width = kv_heads or heads, head_width or dim // heads
+        self.capacity, self.theta, self.scaling = capacity, theta, scaling
+        self.wq = matrix(rngs, dim, heads * self.width)
+        self.wk = matrix(rngs, dim, self.kv_heads * self.width)
+        self.wv = matrix(rngs, dim, self.kv_heads * self.width)
+        self.wo = matrix(rngs, heads * self.width, dim, out_gain)
 
     def init_state(self, batch_size: int) -> KVCache:
         """An empty cache."""
         slots = (batch_size, self.capacity)
         # Keys are stored as wide as the weights they came from, bfloat16 compute included.
-        empty = jnp.zeros((*slots, self.heads, self.dim // self.heads), self.wk[...].dtype)
+        empty = jnp.zeros((*slots, self.kv_heads, self.width), self.wk[...].dtype)
         return KVCache(empty, empty, jnp.zeros(slots, bool), jnp.zeros(batch_size, jnp.int32))
 
     def __call__(
@@ -57,17 +74,17 @@ class Attention(nnx.Module):
         mask_BT = jnp.ones((B, T), bool) if mask_BT is None else mask_BT
         position_BT = cache.position_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         q_BTHK, k_BTHK, v_BTHK = (self._heads(matmul(r_BTD, w)) for w in (self.wq, self.wk, self.wv))
-        q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta) for a in (q_BTHK, k_BTHK))
+        q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta, self.scaling) for a in (q_BTHK, k_BTHK))
 
         cache, seen, usable_B = _write(cache, k_BTHK, v_BTHK, mask_BT, phase)
         slot = jnp.arange(seen.key_BSHK.shape[1], dtype=jnp.int32)
         allowed_BTS = (slot[None, None, :] <= position_BT[:, :, None]) & seen.valid_BS[:, None, :]
         y_BTHK = _attend(q_BTHK, seen.key_BSHK, seen.value_BSHK, allowed_BTS)
-        y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(r_BTD.shape), 0)
+        y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(B, T, -1), 0)
         return cache, matmul(jnp.where(usable_B[:, None, None], y_BTD, jnp.nan), self.wo)
 
     def _heads(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD.reshape(*x_BTD.shape[:2], self.heads, -1)
+        return x_BTD.reshape(*x_BTD.shape[:2], -1, self.width)
 
     def _check_length(self, length: int, phase: int | None) -> None:
         if (phase or 0) + length > self.capacity:
@@ -78,16 +95,20 @@ class Attention(nnx.Module):
 
 
 def _attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """Softmax attention: products in the dtype of q, softmax and sums in at least float32."""
+    """Softmax attention: products in the dtype of q, softmax and sums in at least float32.
+
+    G query heads to each of the H heads of keys and values.
+    """
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     k_BSHK, v_BSHK = k_BSHK.astype(q_BTHK.dtype), v_BSHK.astype(q_BTHK.dtype)
-    score_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=wide)
-    score_BHTS = score_BHTS * q_BTHK.shape[-1] ** -0.5
+    q_BTHGK = q_BTHK.reshape(*q_BTHK.shape[:2], k_BSHK.shape[2], -1, q_BTHK.shape[-1])
+    score_BHGTS = jnp.einsum("bthgk,bshk->bhgts", q_BTHGK, k_BSHK, preferred_element_type=wide)
+    score_BHGTS = score_BHGTS * q_BTHK.shape[-1] ** -0.5
     # A finite floor: a row with nothing to attend to (padding) stays finite, and so does its gradient.
-    score_BHTS = jnp.where(allowed_BTS[:, None], score_BHTS, jnp.finfo(wide).min)
-    weight_BHTS = jax.nn.softmax(score_BHTS).astype(q_BTHK.dtype)
-    y_BTHK = jnp.einsum("bhts,bshk->bthk", weight_BHTS, v_BSHK, preferred_element_type=wide)
-    return y_BTHK.astype(q_BTHK.dtype)
+    score_BHGTS = jnp.where(allowed_BTS[:, None, None], score_BHGTS, jnp.finfo(wide).min)
+    weight_BHGTS = jax.nn.softmax(score_BHGTS).astype(q_BTHK.dtype)
+    y_BTHGK = jnp.einsum("bhgts,bshk->bthgk", weight_BHGTS, v_BSHK, preferred_element_type=wide)
+    return y_BTHGK.astype(q_BTHK.dtype).reshape(q_BTHK.shape)
 
 
 def _write(

@@ -17,12 +17,16 @@ class Block(nnx.Module):
     """`x + mixer(RMSNorm(x))`, then the CMS chain or the MLP, each with its own norms and residuals."""
 
     def __init__(self, config: ModelConfig, make_mixer: Callable, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(config.dim)
+        norm_eps, out_gain = config.norm_eps, config.out_gain
+        self.mixer_norm = RMSNorm(config.dim, epsilon=norm_eps)
         self.mixer = make_mixer(config, rngs)
-        if ARCHITECTURES[config.name].channel == "mlp":
-            self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=config.out_gain, rngs=rngs)
+        if config.has_cms:
+            independent = config.cms_variant == "independent"
+            self.cms = CMSChain(
+                config.dim, config.cms_hidden, out_gain=out_gain, independent=independent, norm_eps=norm_eps, rngs=rngs
+            )
         else:
-            self.cms = CMSChain(config.dim, config.cms_hidden, out_gain=config.out_gain, rngs=rngs)
+            self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=out_gain, norm_eps=norm_eps, rngs=rngs)
 
     def init_state(self, batch_size: int) -> Any:
         """The mixer's state for a batch of fresh rows."""

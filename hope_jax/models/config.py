@@ -16,6 +16,8 @@ MLP_RULES = ("input", "layerwise")
 VARIANTS = ("moneta", "yaad", "memora")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
+CMS_VARIANTS = ("sequential", "nested", "independent")
+CMS_METAS = ("first_order", "outer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ModelConfig:
       vocab_size: number of tokens.
       dim: width D of the residual stream.
       layers: number of blocks.
-      heads: heads of the mixer, attention or a memory each; must divide `dim`.
+      heads: heads of the mixer, attention or a memory each; must divide `dim` unless `head_dim` is given.
       memory_hidden: hidden width F of each MLP memory.
       chunk_proj: tokens per write of the boxes that make k, v and the gates; it divides `chunk_mem` or the
         reverse.
@@ -56,11 +58,21 @@ class ModelConfig:
         adapt inside the sequence; () = every level is an ordinary parameter. Each size divides the next.
       cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.
       bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
+      cms_variant: "sequential" (a chain), "nested" (a chain whose fast levels start again when the next slower fast
+        one writes) or "independent" (all levels read the same input; a softmax of learned logits mixes them).
+      cms_meta: of "nested": "first_order" moves the start states inside the sequence too, "outer" does not.
+      mlp_chunks: of the transformer, one entry per layer: the chunk size in tokens of the fast level to which the
+        layer's MLP belongs, None for an ordinary MLP; () = all ordinary. Steps are those of `cms_eta`.
       mlp_hidden: hidden width of the SwiGLU of architectures without CMS; None = 8/3 dim, to the next multiple of 8.
+      kv_heads: heads of keys and values of attention, a divisor of `heads` (grouped queries); None = `heads`.
+      head_dim: channels per head of attention; None = dim / heads.
       window: tokens a sliding-window attention sees, the current one included.
       persistent: learned vectors that Titans' attention sees beside its window.
       max_length: tokens the attention cache holds.
       rope_theta: base of the rotary wavelengths.
+      rope_llama3: () or the four numbers of "llama3" scaling: factor, low and high frequency factors, and tokens of
+        the contexts before scaling (see `rotary.stretched`).
+      norm_eps: constant inside the norms of the residual stream.
       tie_embeddings: the head reuses the embedding.
       dtype: compute dtype, "float32" or "bfloat16"; parameters and states stay float32.
       remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products).
@@ -98,17 +110,24 @@ class ModelConfig:
     cms_chunks: tuple[int, ...] = ()
     cms_eta: float = 0.1
     bptt_chunks: tuple[int | None, ...] = ()
+    cms_variant: Literal["sequential", "nested", "independent"] = "sequential"
+    cms_meta: Literal["first_order", "outer"] = "first_order"
+    mlp_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
     window: int = 64
     persistent: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
     max_length: int = 2048
     rope_theta: float = 10_000.0
+    rope_llama3: tuple[float, ...] = ()
+    norm_eps: float = 1e-6
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:
-        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "static"):
+        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "mlp_chunks", "rope_llama3", "static"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
         for field, choices in _CHOICES.items():
             _require(
@@ -122,7 +141,7 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Channels per head, K."""
-        return self.dim // self.heads
+        return self.head_dim if self.head_dim is not None else self.dim // self.heads
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -150,6 +169,11 @@ class ModelConfig:
         return self.mlp_hidden if self.mlp_hidden is not None else -(-8 * self.dim // 3 // 8) * 8
 
     @property
+    def fast_chunks(self) -> tuple[int, ...]:
+        """Chunk sizes of the levels that adapt inside the sequence, fastest first."""
+        return self.cms_chunks or tuple(sorted({chunk for chunk in self.mlp_chunks if chunk is not None}))
+
+    @property
     def branches(self) -> int:
         """Residual branches in the whole model."""
         return self.layers * (1 + len(self.cms_hidden) if self.has_cms else 2)
@@ -166,11 +190,11 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     Raises:
       ValueError: `length` ends before anything is read that the slowest fast level or memory wrote.
     """
-    slowest = max(config.cms_chunks, default=0)
+    slowest = max(config.fast_chunks, default=0)
     _require(
         length > slowest,
         f"sequences of {length} tokens never read what the CMS level with chunk {slowest} writes; train on "
-        f"{slowest + 1} tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
+        f"{slowest + 1} tokens or more, shorten the chunks {config.fast_chunks}, or drop that one (an ordinary level)",
     )
     chunk = config.chunk_mem if config.architecture.chunked and config.read == "start" else 0
     if chunk and config.name in ("hope", "self_modifying_titans"):
@@ -182,7 +206,16 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
     )
 
 
-_CHOICES = {"name": NAMES, "read": READS, "mlp_rule": MLP_RULES, "miras": VARIANTS, "dtype": DTYPES, "remat": REMATS}
+_CHOICES = {
+    "name": NAMES,
+    "read": READS,
+    "mlp_rule": MLP_RULES,
+    "miras": VARIANTS,
+    "dtype": DTYPES,
+    "remat": REMATS,
+    "cms_variant": CMS_VARIANTS,
+    "cms_meta": CMS_METAS,
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -210,8 +243,9 @@ def _check_sizes(config: ModelConfig) -> None:
             _require_positive(f"each entry of {field}", value)
     if config.mlp_hidden is not None:
         _require_positive("mlp_hidden", config.mlp_hidden)
+    _check_attention(config)
     _require(
-        config.dim % config.heads == 0,
+        (config.head_dim is not None and config.name != "hope") or config.dim % config.heads == 0,
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
@@ -229,6 +263,23 @@ def _check_sizes(config: ModelConfig) -> None:
         f"{config.name} alternates {mixers} mixers, so layers must be a multiple of {mixers}; got {config.layers}",
     )
     _require(config.rope_theta > 0, f"rope_theta must be positive; got {config.rope_theta}")
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.head_dim is not None:
+        _require_positive("head_dim", config.head_dim)
+    if config.kv_heads is not None:
+        _require_positive("kv_heads", config.kv_heads)
+        _require(
+            config.heads % config.kv_heads == 0,
+            f"kv_heads must divide heads; got kv_heads={config.kv_heads}, heads={config.heads}",
+        )
+    scaling = config.rope_llama3
+    _require(
+        len(scaling) in (0, 4) and all(value > 0 for value in scaling) and (not scaling or scaling[1] < scaling[2]),
+        f"rope_llama3 needs factor, low < high frequency factors and a length, all positive, or (); got {scaling}",
+    )
+    _require(config.norm_eps > 0, f"norm_eps must be positive; got {config.norm_eps}")
 
 
 def _check_memories(config: ModelConfig) -> None:
@@ -265,18 +316,39 @@ def _check_fast_levels(config: ModelConfig) -> None:
         len(chunks) <= len(config.cms_hidden),
         f"cms_chunks {chunks} has more entries than cms_hidden {config.cms_hidden}; give each level a width",
     )
+    _check_mlp_chunks(config)
+    fast_chunks = config.fast_chunks
     _require(
-        all(slow % fast == 0 for fast, slow in itertools.pairwise(chunks)),
-        f"chunk sizes must divide, fastest first; got cms_chunks={list(chunks)}",
+        all(slow % fast == 0 for fast, slow in itertools.pairwise(fast_chunks)),
+        f"chunk sizes must divide, fastest first; got {'cms' if chunks else 'mlp'}_chunks={list(fast_chunks)}",
+    )
+    _require(
+        config.cms_variant != "nested" or len(fast_chunks) >= 2 or config.name == "transformer",
+        f"cms_variant='nested' needs two fast levels, or nothing starts again; got chunk sizes {fast_chunks}",
     )
     _require(config.cms_eta >= 0, f"cms_eta must not be negative; got {config.cms_eta}")
     _require(
-        len(config.bptt_chunks) <= len(chunks),
-        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, cms_chunks={chunks}",
+        len(config.bptt_chunks) <= len(fast_chunks),
+        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, of chunk sizes {fast_chunks}",
     )
     for value in config.bptt_chunks:
         if value is not None:
             _require_positive("each entry of bptt_chunks that is not None", value)
+
+
+def _check_mlp_chunks(config: ModelConfig) -> None:
+    chunks = config.mlp_chunks
+    _require(
+        not chunks or config.name == "transformer",
+        f"mlp_chunks assigns the MLPs of a transformer to levels, name={config.name!r} has cms_chunks; got {chunks}",
+    )
+    _require(
+        len(chunks) in (0, config.layers),
+        f"mlp_chunks needs one entry per layer, None for an ordinary MLP; got {chunks} for {config.layers} layers",
+    )
+    for chunk in chunks:
+        if chunk is not None:
+            _require_positive("each entry of mlp_chunks that is not None", chunk)
 
 
 def _require_positive(field: str, value: object) -> None:

@@ -17,7 +17,7 @@ class Ends(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.tied, self.dtype = config.tie_embeddings, config.dtype
         self.embedding = normal(rngs, (config.vocab_size, config.dim), EMBEDDING_SCALE)
-        self.final_norm = RMSNorm(config.dim)
+        self.final_norm = RMSNorm(config.dim, epsilon=config.norm_eps)
         if not self.tied:
             self.head = normal(rngs, (config.dim, config.vocab_size), EMBEDDING_SCALE)
 

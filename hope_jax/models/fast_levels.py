@@ -1,4 +1,4 @@
-"""CMS levels that adapt inside the sequence, as a wrapper around a model (spec 6.2 to 6.4, 6.6).
+"""Levels that adapt inside the sequence, as a wrapper around a model (spec 6.2 to 6.6).
 
 The nest is outside the layers: its error function runs the whole model over one chunk of the fastest clock
 and returns the gradient of the summed next-token loss with respect to each fast level's weights. What was
@@ -18,14 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax import Nest, level, nest
+from hope_jax import Nest, level, nest, nest_with_starts
 
-from .cms import level_name
 from .config import ModelConfig
+from .fast_weights import Weights, fast_weights
 from .functional import Params
 from .lm import LM, check_call, reset_rows, skeleton
-
-type Weights = tuple[Params, ...]  # per fast level {"w2": [L, D, F], "w1": [L, F, D]}, the L layers together
 
 
 class FastState(NamedTuple):
@@ -48,13 +46,13 @@ class Chunks(NamedTuple):
 
 
 def with_fast_levels(config: ModelConfig) -> LM:
-    """The model of `config` with its first `len(config.cms_chunks)` CMS levels written in context.
+    """The model of `config` with the levels of `config.fast_chunks` written in context.
 
     Each row has its own fast weights. They start at the parameters, so the outer gradient reaches those
     directly and through every write; `config.bptt_chunks` truncates it per level.
 
     Args:
-      config: has at least one entry in `cms_chunks`.
+      config: has at least one fast level.
 
     Returns:
       `LM(init, init_state, apply, reset)`. `apply` reads inputs only: the target of a token is the next one.
@@ -64,16 +62,16 @@ def with_fast_levels(config: ModelConfig) -> LM:
     Raises:
       ValueError: chunk sizes that do not divide, fastest first.
 
-    Reference: paper (70), (71), (73); spec 6.2, 6.3, 6.6.
+    Reference: paper (70) to (74); spec 6.2, 6.3, 6.5, 6.6.
     """
     model = skeleton(config)
-    size = config.cms_chunks[0]
+    size, start_weights = config.fast_chunks[0], fast_weights(config).take
     nested = functools.partial(_nest, config, model)
     nested({})  # refuse bad chunk sizes now, not at the first call
 
     def init_state(params: Params, batch_size: int) -> FastState:
         carry = model.init_state(params, batch_size)
-        start = jax.vmap(lambda row: nested(params).init(_start_weights(config, params), row))(carry)
+        start = jax.vmap(lambda row: nested(params).init(start_weights(params), row))(carry)
         return FastState(
             nest=start._replace(phase=jnp.zeros(batch_size, jnp.int32)),
             ahead=carry,
@@ -86,8 +84,8 @@ def with_fast_levels(config: ModelConfig) -> LM:
         """Run the model over tokens with each row's fast weights: the new carry and the logits."""
 
         def row(levels, carry, tokens_T, mask_T):
-            weights = tuple(one.start for one in levels)
-            return _run(model, params, weights, carry, tokens_T, mask_T, phase)
+            weights = _current(config, levels)
+            return _run(config, model, params, weights, carry, tokens_T, mask_T, phase)
 
         return jax.vmap(row)(state.levels, carry, tokens_BT, mask_BT)
 
@@ -162,11 +160,11 @@ def with_fast_levels(config: ModelConfig) -> LM:
 
 def _nest(config: ModelConfig, model: LM, params: Params) -> Nest:
     """The nest of one row around the model with these parameters; its clock counts the fastest chunks."""
-    size = config.cms_chunks[0]
-    truncation = (*config.bptt_chunks, *(None for _ in config.cms_chunks))
+    sizes, size = config.fast_chunks, config.fast_chunks[0]
+    truncation = (*config.bptt_chunks, *(None for _ in sizes))
     levels = [
         level(None, optax.sgd(config.cms_eta / tokens), tokens // size, bptt_chunks=writes)
-        for tokens, writes in zip(config.cms_chunks, truncation, strict=False)
+        for tokens, writes in zip(sizes, truncation, strict=False)
     ]
     phase = _phase_of_chunks(config)
 
@@ -174,23 +172,30 @@ def _nest(config: ModelConfig, model: LM, params: Params) -> Nest:
         tokens_C, target_C, mask_C, taught_C = (leaf[0] for leaf in chunk)
 
         def loss(weights: Weights, carry: Any):
-            carry, logits_CV = _run(model, params, weights, carry, tokens_C, mask_C, phase)
+            carry, logits_CV = _run(config, model, params, weights, carry, tokens_C, mask_C, phase)
             log_p_C = jnp.take_along_axis(jax.nn.log_softmax(logits_CV), target_C[:, None], axis=1)[:, 0]
             return -jnp.sum(jnp.where(taught_C, log_p_C, 0)), (carry, logits_CV)
 
         errors, (carry, logits_CV) = jax.grad(loss, has_aux=True)(weights, carry)
         return errors, carry, logits_CV[None]
 
-    return nest(*levels, error=error, remat=config.remat != "none")
+    make = functools.partial(nest_with_starts, meta=config.cms_meta) if config.cms_variant == "nested" else nest
+    return make(*levels, error=error, remat=config.remat != "none")
+
+
+def _current(config: ModelConfig, levels: tuple[Any, ...]) -> Weights:
+    """The weights that read, from the states of the nest's levels; nested levels lie between their start states."""
+    return tuple(one.start for one in (levels[::2] if config.cms_variant == "nested" else levels))
 
 
 def _phase_of_chunks(config: ModelConfig) -> int | None:
     """What the model is told about its clock at the start of a chunk: 0 if its memories are at a boundary."""
-    at_boundary = config.cms_chunks[0] % max(config.chunk_proj, config.chunk_mem) == 0
+    at_boundary = config.fast_chunks[0] % max(config.chunk_proj, config.chunk_mem) == 0
     return 0 if config.name == "hope" and at_boundary else None
 
 
 def _run(
+    config: ModelConfig,
     model: LM,
     params: Params,
     weights: Weights,
@@ -201,22 +206,9 @@ def _run(
 ) -> tuple[Any, jax.Array]:
     """The model on one row with these fast weights."""
     carry = jax.tree.map(lambda leaf: leaf[None], carry)
-    carry, logits_BTV = model.apply(_put(params, weights), carry, tokens_T[None], phase=phase, mask_BT=mask_T[None])
+    params = fast_weights(config).put(params, weights)
+    carry, logits_BTV = model.apply(params, carry, tokens_T[None], phase=phase, mask_BT=mask_T[None])
     return jax.tree.map(lambda leaf: leaf[0], carry), logits_BTV[0]
-
-
-def _start_weights(config: ModelConfig, params: Params) -> Weights:
-    cms = params["blocks"]["cms"]
-    names = [level_name(i) for i in range(len(config.cms_chunks))]
-    return tuple({key: cms[name][key] for key in ("w2", "w1")} for name in names)
-
-
-def _put(params: Params, weights: Weights) -> Params:
-    """The parameters with the fast levels' weights in the place of their start weights."""
-    cms = dict(params["blocks"]["cms"])
-    for i, new in enumerate(weights):
-        cms[level_name(i)] = {**cms[level_name(i)], **new}
-    return {**params, "blocks": {**params["blocks"], "cms": cms}}
 
 
 def _chunks(tokens_BT: jax.Array, mask_BT: jax.Array, count: int) -> Chunks:

@@ -14,11 +14,11 @@ def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 class RMSNorm(nnx.Module):
     """`rms_normalise(x) * scale`, with the last axis cut into `groups` that are normalised separately."""
 
-    def __init__(self, dim: int, *, groups: int = 1):
-        self.groups = groups
+    def __init__(self, dim: int, *, groups: int = 1, epsilon: float = 1e-6):
+        self.groups, self.epsilon = groups, epsilon
         self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         cut = x.reshape(*x.shape[:-1], self.groups, -1)
         scale = self.scale[...].astype(x.dtype)
-        return jnp.einsum("...d,d->...d", rms_normalise(cut).reshape(x.shape), scale)
+        return jnp.einsum("...d,d->...d", rms_normalise(cut, self.epsilon).reshape(x.shape), scale)

@@ -10,8 +10,8 @@ from .params import matmul, matrix
 class SwiGLU(nnx.Module):
     """`x + (silu(r @ w_gate) * (r @ w_up)) @ w_down` with `r = RMSNorm(x)`."""
 
-    def __init__(self, dim: int, hidden: int, *, out_gain: float, rngs: nnx.Rngs):
-        self.norm = RMSNorm(dim)
+    def __init__(self, dim: int, hidden: int, *, out_gain: float, norm_eps: float = 1e-6, rngs: nnx.Rngs):
+        self.norm = RMSNorm(dim, epsilon=norm_eps)
         self.w_gate = matrix(rngs, dim, hidden)
         self.w_up = matrix(rngs, dim, hidden)
         self.w_down = matrix(rngs, hidden, dim, out_gain)

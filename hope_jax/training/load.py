@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+from hope_jax.models import Pretrained
 from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
 from hope_jax.training.config import MeshConfig, TrainConfig, read_config
 from hope_jax.training.errors import UserError
@@ -33,3 +34,13 @@ def load_run(run_dir: Path) -> Run:
         expected = fingerprints(config, read_corpus_facts(run_dir)["sha256"])
         state, _ = checkpoints.restore(program.abstract_state, expected)
     return Run(config, program, state)
+
+
+def load_pretrained(run_dir: Path | str) -> Pretrained:
+    """The model of a run: `(config, params)`, for example for `hope_jax.models.stack_levels`.
+
+    Raises:
+      UserError: there is no run, or no checkpoint.
+    """
+    run = load_run(Path(run_dir))
+    return Pretrained(run.config.model, run.state.params)

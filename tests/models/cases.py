@@ -24,6 +24,15 @@ CASES = {
     "hope_attention_fast": dataclasses.replace(
         _SMALL, name="hope_attention", max_length=24, cms_chunks=(4, 8), cms_hidden=(16, 16)
     ),
+    "hope_attention_nested": dataclasses.replace(
+        _SMALL, name="hope_attention", max_length=24, cms_chunks=(4, 8), cms_hidden=(16, 16), cms_variant="nested"
+    ),
+    "hope_attention_independent": dataclasses.replace(
+        _SMALL, name="hope_attention", max_length=24, cms_chunks=(4,), cms_variant="independent"
+    ),
+    "transformer_stacked": dataclasses.replace(
+        _SMALL, name="transformer", max_length=24, mlp_chunks=(4, 8), kv_heads=1, head_dim=6
+    ),
     "hope_fast": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16, 16)),
     **{
         name: dataclasses.replace(_SMALL, name=name, max_length=24, window=12, eta_init=0.1)

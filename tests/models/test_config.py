@@ -30,7 +30,22 @@ from hope_jax.models import ModelConfig, count_parameters, match_parameters
         ({"name": "transformer", "cms_chunks": (4,)}, "transformer has no CMS levels"),
         ({"cms_chunks": (4,), "bptt_chunks": (1, 1)}, "has more entries than there are fast levels"),
         ({"cms_chunks": (4,), "bptt_chunks": (0,)}, "each entry of bptt_chunks that is not None"),
+        ({"cms_variant": "parallel"}, "cms_variant must be one of"),
+        ({"cms_meta": "second_order"}, "cms_meta must be one of"),
+        ({"cms_variant": "nested", "cms_chunks": (4,)}, r"needs two fast levels, .* got chunk sizes \(4,\)"),
+        ({"mlp_chunks": (4, 4)}, r"name='hope' has cms_chunks; got \(4, 4\)"),
+        ({"name": "transformer", "mlp_chunks": (4,)}, r"one entry per layer.*got \(4,\) for 2 layers"),
+        ({"name": "transformer", "mlp_chunks": (4, 0)}, "each entry of mlp_chunks that is not None .* got 0"),
+        ({"name": "transformer", "mlp_chunks": (4, 6)}, r"chunk sizes must divide, .* got mlp_chunks=\[4, 6\]"),
+        ({"name": "transformer", "mlp_chunks": (4, 4), "bptt_chunks": (1, 1)}, "has more entries than there are fast"),
         ({"cms_eta": -0.1}, "cms_eta must not be negative; got -0.1"),
+        ({"kv_heads": 3, "heads": 4}, "kv_heads must divide heads; got kv_heads=3, heads=4"),
+        ({"kv_heads": 0}, "kv_heads must be a positive integer; got 0"),
+        ({"head_dim": 0}, "head_dim must be a positive integer; got 0"),
+        ({"name": "transformer", "head_dim": 5}, "even head width; got 5"),
+        ({"rope_llama3": (8.0, 1.0, 4.0)}, r"rope_llama3 needs factor, .* got \(8.0, 1.0, 4.0\)"),
+        ({"rope_llama3": (8.0, 4.0, 1.0, 8192)}, "low < high"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive; got 0.0"),
         ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\); got 'float16'"),
         ({"remat": "all"}, "remat must be one of"),
         ({"read": "after"}, "read must be one of"),
@@ -49,6 +64,13 @@ def test_lists_from_a_text_file_become_tuples():
     config = ModelConfig(cms_hidden=[32, 32], cms_chunks=[4])  # pyright: ignore[reportArgumentType]
     assert (config.cms_hidden, config.cms_chunks) == ((32, 32), (4,))
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_levels_of_whole_layers_are_sorted_by_their_clock():
+    config = ModelConfig(name="transformer", layers=5, mlp_chunks=(16, None, 4, 4, 16))
+    assert config.fast_chunks == (4, 16)
+    assert ModelConfig(cms_chunks=(4, 8)).fast_chunks == (4, 8)
+    assert ModelConfig(name="transformer", mlp_chunks=(None, None)).fast_chunks == ()
 
 
 def test_counts_are_the_arithmetic_of_the_architecture():

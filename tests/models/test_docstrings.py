@@ -22,4 +22,4 @@ def test_examples_run(name):
 def test_examples_exist_where_a_reader_starts():
     found = {name.rpartition(".")[2]: doctest.DocTestFinder().find(importlib.import_module(name)) for name in NAMES}
     with_examples = {name for name, tests in found.items() if any(test.examples for test in tests)}
-    assert {"build", "config", "functional", "sizing"} <= with_examples
+    assert {"build", "config", "functional", "sizing", "stacking"} <= with_examples

@@ -69,8 +69,10 @@ def _chunk_gradient(params):
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
-def _loop(model, tokens, mask):
+def _loop(model, tokens, mask, meta=None):
     """One row: chunk after chunk, every level's errors summed in Python and written with plain SGD.
+
+    With `meta` ("first_order" or "outer") the levels are nested, and start again when the next slower one has written.
 
     Returns the logits and the fast weights that the last token was read with.
     """
@@ -78,6 +80,7 @@ def _loop(model, tokens, mask):
     cms = model.params["blocks"]["cms"]
     weights = [{k: cms[f"level_{i}"][k] for k in ("w1", "w2")} for i in range(len(sizes))]
     sums = jax.tree.map(jnp.zeros_like, weights)
+    starts, start_sums = list(weights[:-1]), sums[:-1]
     carry, logits, used = skeleton(CONFIG).init_state(model.params, 1), [], weights
     following = jnp.append(tokens[1:], 0), mask & jnp.append(mask[1:], False)
     for begin in range(0, length, fastest):
@@ -91,6 +94,13 @@ def _loop(model, tokens, mask):
             if chunk.stop % size == 0:
                 weights[i] = jax.tree.map(lambda w, e, c=size: w - CONFIG.cms_eta / c * e, weights[i], sums[i])
                 sums[i] = jax.tree.map(jnp.zeros_like, sums[i])
+        start_sums = jax.tree.map(jnp.add, start_sums, errors[:-1])
+        for i, size in enumerate(sizes[1:] if meta else ()):
+            if chunk.stop % size == 0:
+                step = CONFIG.cms_eta / size if meta == "first_order" else 0.0
+                starts[i] = jax.tree.map(lambda w, e, s=step: w - s * e, starts[i], start_sums[i])
+                start_sums[i] = jax.tree.map(jnp.zeros_like, start_sums[i])
+                weights[i] = starts[i]
     return jnp.concatenate(logits), used
 
 
@@ -106,6 +116,27 @@ def test_logits_and_weights_equal_the_loop(x64, model, masked):
                 np.testing.assert_allclose(state.nest.levels[i].start[name][row], value, rtol=0, atol=1e-12)
     start = model.params["blocks"]["cms"]["level_1"]["w1"]
     assert float(jnp.abs(state.nest.levels[1].start["w1"] - start[None]).max()) > 1e-3  # it did learn
+
+
+@pytest.mark.parametrize("meta", ["first_order", pytest.param("outer", marks=pytest.mark.slow)])
+def test_nested_levels_equal_the_loop(x64, model, meta):
+    """Levels that start again, also decoded token by token; each row's start states lie between its levels."""
+    lm = build_lm(dataclasses.replace(CONFIG, cms_variant="nested", cms_meta=meta))
+    fresh = lm.init_state(model.params, 2)
+    state, logits = jax.jit(lambda: lm.apply(model.params, fresh, model.tokens, phase=0))()
+    mask = jnp.ones(LENGTH, bool)
+    for row in range(2):
+        expected, used = _loop(model, model.tokens[row], mask, meta)
+        np.testing.assert_allclose(logits[row], expected, rtol=0, atol=1e-12)
+        for i, weights in enumerate(used):
+            for name, value in weights.items():
+                np.testing.assert_allclose(state.nest.levels[2 * i].start[name][row], value, rtol=0, atol=1e-12)
+    assert float(jnp.abs(logits - model.logits).max()) > 1e-3  # not the chain that goes on
+    step = jax.jit(lambda state, tokens: lm.apply(model.params, state, tokens))
+    decoded = fresh
+    for t in range(LENGTH):
+        decoded, part = step(decoded, model.tokens[:, t : t + 1])
+        np.testing.assert_allclose(part[:, 0], logits[:, t], rtol=0, atol=1e-12)
 
 
 def test_decoding_is_the_parallel_pass(x64, model):
@@ -133,6 +164,8 @@ def test_rows_at_different_places_write_at_their_own_time(x64, model):
 def test_no_step_is_the_plain_chain_and_a_step_acts_from_the_next_chunk_on(x64, model):
     plain = _plain_logits(model, dataclasses.replace(CONFIG, cms_chunks=()))
     still = _plain_logits(model, dataclasses.replace(CONFIG, cms_eta=0.0))
+    np.testing.assert_array_equal(still, plain)
+    still = _plain_logits(model, dataclasses.replace(CONFIG, cms_eta=1e-30))  # writes that change no bit of a weight
     np.testing.assert_allclose(still, plain, rtol=0, atol=1e-13)
     moved = np.abs(model.logits - plain).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(moved, np.arange(LENGTH) >= CONFIG.cms_chunks[0])
