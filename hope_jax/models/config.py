@@ -46,7 +46,7 @@ class ModelConfig:
       bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
       mlp_hidden: hidden width of the transformer's SwiGLU; None = 8/3 dim, to the next multiple of 8.
       max_length: tokens the attention cache holds.
-      rope_theta: base of the rotary wavelengths.
+      rope_theta: base of the rotary wavelengths; None = attention knows no positions.
       tie_embeddings: the head reuses the embedding.
       dtype: compute dtype, "float32" or "bfloat16"; parameters and states stay float32.
       remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products).
@@ -82,7 +82,7 @@ class ModelConfig:
     bptt_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
     max_length: int = 2048
-    rope_theta: float = 10_000.0
+    rope_theta: float | None = 10_000.0
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
@@ -165,7 +165,7 @@ def _check_sizes(config: ModelConfig) -> None:
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
-        config.name == "hope" or config.head_width % 2 == 0,
+        config.name == "hope" or config.rope_theta is None or config.head_width % 2 == 0,
         f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
         f"heads={config.heads}",
     )
@@ -173,7 +173,10 @@ def _check_sizes(config: ModelConfig) -> None:
         config.name == "transformer" or len(config.cms_hidden) > 0,
         "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
     )
-    _require(config.rope_theta > 0, f"rope_theta must be positive; got {config.rope_theta}")
+    _require(
+        config.rope_theta is None or config.rope_theta > 0,
+        f"rope_theta must be positive, or None for no positions; got {config.rope_theta}",
+    )
 
 
 def _check_memories(config: ModelConfig) -> None:
