@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -102,7 +103,7 @@ def prepare(cell: LanguageOptions) -> Job:
     model = language_model(config)
     tests = [held_out(language, bin_name, cell.test_strings) for bin_name in BINS]
     both = Batch(*map(np.concatenate, zip(*tests, strict=True)))  # one batch: one compilation
-    measure = jax.jit(lambda params: right_strings(model.apply(params, both.tokens), both))
+    measure = jax.jit(lambda params: right_strings(model.apply(params, jnp.asarray(both.tokens)), both))
 
     def evaluate(params: Any) -> Scores:
         right = np.split(np.asarray(measure(params)), [len(tests[0].tokens)])

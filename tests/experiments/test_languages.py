@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -114,5 +115,5 @@ def test_a_string_counts_only_when_every_position_is_right():
     logits[3, 2] = [-1, 1]  # wrong, but after the end
     weights = np.ones((4, 3), np.float32)
     weights[3, 2] = 0
-    right = right_strings(logits, Batch(np.zeros((4, 3), np.int32), targets, weights))
+    right = right_strings(jnp.asarray(logits), Batch(np.zeros((4, 3), np.int32), targets, weights))
     assert np.asarray(right).tolist() == [True, False, False, True]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -125,7 +126,7 @@ def test_the_score_averages_over_classes():
     targets = np.array([[0, 0, 0, 1, 3]])
     logits = np.eye(4)[[[0, 0, 0, 2, 3]]]
     weights = np.array([[1, 1, 1, 1, 0]], np.float32)
-    counts = np.asarray(class_counts(logits, Batch(targets, targets, weights)))
+    counts = np.asarray(class_counts(jnp.asarray(logits), Batch(targets, targets, weights)))
     assert scores(counts) == {"score": pytest.approx(1 / 3), "accuracy": 0.75}
 
 

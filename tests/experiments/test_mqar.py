@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,7 +50,7 @@ def test_streams_follow_the_seed_and_do_not_repeat():
 def test_accuracy_is_over_queries_alone():
     batch = Batch(np.zeros((1, 4), np.int32), np.array([[2, 1, 2, 0]]), np.array([[0, 1, 1, 0]], np.float32))
     logits = np.eye(3)[[[0, 1, 0, 0]]]  # wrong without weight, right, wrong, right without weight
-    np.testing.assert_array_equal(hits(logits, batch), [1, 2])
+    np.testing.assert_array_equal(hits(jnp.asarray(logits), batch), [1, 2])
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": (40,)}, {"pairs": (4, 20), "vocab": 40}])
