@@ -6,17 +6,17 @@ import itertools
 import json
 import shlex
 import sys
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hope_jax.models import ModelConfig, check_sequence_length, match_parameters
+from hope_jax.models import ARCHITECTURES, ModelConfig, check_sequence_length, match_parameters
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import apply_overrides, one_line, to_dict, unknown
 
 RESULTS = Path("experiments/results")
 TINY_RESULTS = Path("runs/experiments")
+STEADY: dict[str, Any] = {"eta_init": 0.002, "error_clip": 1.0}
 HOW_IT_RUNS = ("tiny", "overwrite", "results")  # fields that change no number
 
 
@@ -70,21 +70,16 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in self.models:
-            if name not in model_names():
-                raise UserError(unknown("model", name, list(model_names())))
+            if name not in ARCHITECTURES:
+                raise UserError(unknown("model", name, list(ARCHITECTURES)))
         for name in ("steps", "batch_size", "eval_every", "dim", "layers", "head_width"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
-def model_names() -> tuple[str, ...]:
-    """Every architecture the library has."""
-    return typing.get_args(typing.get_type_hints(ModelConfig)["name"])
-
-
 def available(*names: str) -> tuple[str, ...]:
     """Those of `names` that the library has."""
-    return tuple(name for name in names if name in model_names())
+    return tuple(name for name in names if name in ARCHITECTURES)
 
 
 def from_command_line[T: Options](cls: type[T], tiny: T, arguments: Sequence[str] | None = None) -> T:
@@ -145,8 +140,8 @@ def command(experiment: str, cell: Options) -> str:
 def model_config(cell: Options, *, vocab_size: int, length: int, **fields: Any) -> ModelConfig:
     """The model of a cell, for sequences of up to `length` tokens; `fields` are what its task asks for.
 
-    Momentum makes a write act 1 / (1 - mu) times, so the inner step starts small and errors are clipped; blocks are
-    recomputed in the backward pass because on a CPU that is faster than writing their states out (experiments/LOG.md).
+    Blocks are recomputed in the backward pass because on a CPU that is faster than writing the states of memories out.
+    Self-modifying memories with momentum start with a small step and clip their errors (experiments/LOG.md for both).
 
     Raises:
       UserError: the model refuses its config.
@@ -154,7 +149,7 @@ def model_config(cell: Options, *, vocab_size: int, length: int, **fields: Any) 
     [name], [chunk] = cell.models, cell.chunks
     try:
         base = ModelConfig(
-            name=name,  # type: ignore[arg-type]
+            name=name,
             vocab_size=vocab_size,
             dim=cell.dim,
             layers=cell.layers,
@@ -162,12 +157,11 @@ def model_config(cell: Options, *, vocab_size: int, length: int, **fields: Any) 
             memory_hidden=cell.head_width,
             chunk_proj=chunk,
             chunk_mem=chunk,
-            eta_init=0.002,
-            error_clip=1.0,
             cms_hidden=(2 * cell.dim, 2 * cell.dim),
             max_length=length,
             tie_embeddings=False,
             remat="full",
+            **(STEADY if name in ("hope", "self_modifying_titans") else {}),
             **fields,
         )
         config = apply_overrides(base, cell.overrides)

@@ -84,7 +84,7 @@ def optimizer(cell: Options) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cell.clip), adamw)
 
 
-def make_step(model: Model, loss: Callable[[jax.Array, Batch], jax.Array], tx: optax.GradientTransformation):
+def make_step(model: Model, loss: Callable[[jax.Array, Batch], jax.Array], tx: optax.GradientTransformation) -> Any:
     """`step(params, opt_state, batch) -> (params, opt_state, loss, gradient norm)`, jitted, arguments donated."""
 
     def step(params: Any, opt_state: Any, batch: Batch):

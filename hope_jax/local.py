@@ -14,18 +14,24 @@ def local_error(levels: tuple[Level, ...]) -> Callable:
     """Every level remembers the same tokens, each with its own memory, objective, rule and clock."""
 
     def error(params_by_level: tuple[Params, ...], carry: Any, chunk: Tokens):
-        gates = {name: getattr(chunk, name) for name in ("eta", "alpha", "mu", "log_alpha", "log_mu")}
-        gates = {name: jnp.moveaxis(g, 0, -1) for name, g in gates.items() if g is not None}
-        query = None if chunk.query is None else _heads_first(chunk.query)
         errors, ys = [], []
         for lev, params in zip(levels, params_by_level, strict=True):
-            key, value = _heads_first(chunk.key), _heads_first(chunk.value)
+            key, value = heads_first(chunk.key), heads_first(chunk.value)
             _, err = factored_errors(lev.memory, cast(Objective, lev.objective), params, key, value)
-            errors.append(Write(err, gates, query, chunk.mask))
-            ys.append(lev.memory.apply(params, query) if query is not None and lev.read == "start" else None)
+            write = local_write(err, chunk)
+            errors.append(write)
+            reads = write.query is not None and lev.read == "start"
+            ys.append(lev.memory.apply(params, write.query) if reads else None)
         return tuple(errors), carry, tuple(ys)
 
     return error
+
+
+def local_write(error: Any, chunk: Tokens) -> Write:
+    """The error of a chunk together with its gates, queries and mask, heads first."""
+    gates = {name: getattr(chunk, name) for name in ("eta", "alpha", "mu", "log_alpha", "log_mu")}
+    gates = {name: jnp.moveaxis(g, 0, -1) for name, g in gates.items() if g is not None}
+    return Write(error, gates, None if chunk.query is None else heads_first(chunk.query), chunk.mask)
 
 
 def local_output(ys: tuple, reads: tuple) -> Any:
@@ -34,6 +40,6 @@ def local_output(ys: tuple, reads: tuple) -> Any:
     return merged[0] if len(merged) == 1 else merged
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def heads_first(x: jax.Array) -> jax.Array:
     """[C, ..., K] -> [..., C, K]"""
     return jnp.moveaxis(x, 0, -2)

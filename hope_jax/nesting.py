@@ -159,7 +159,7 @@ def nest(
 
     def apply(state: NestState, xs: Any, phase: int | None = None) -> tuple[NestState, Any]:
         length = _length(xs)
-        known = None if isinstance(state.phase, Tracer) else int(state.phase)
+        known = 0 if sizes[-1] == 1 else None if isinstance(state.phase, Tracer) else int(state.phase)
         if phase is None:
             phase = known
         elif not isinstance(phase, int):

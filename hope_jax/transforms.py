@@ -116,7 +116,8 @@ def dgd(
         erase = eta if decays else None
         if erase is not None and decayed_erase and log_alpha is not None:
             erase = erase * jnp.exp(log_alpha)
-        return Recurrence(error.key, -eta[..., None] * error.delta, erase, log_alpha, log_mu_of(gates, shape))
+        write = (-eta[..., None] * error.delta).astype(error.delta.dtype)
+        return Recurrence(error.key, write, erase, log_alpha, log_mu_of(gates, shape))
 
     def recurrences(errors: Any, gates: Gates) -> Any:
         if not all(map(is_outer, jax.tree.leaves(errors, is_leaf=is_outer))):

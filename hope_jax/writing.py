@@ -37,7 +37,7 @@ def factored_errors(
         return memory.apply(refs, key, linear=linear), None
 
     y, backward, _ = factored_vjp(forward, params)
-    return y, backward(objective.delta(y, value))
+    return y, backward(objective.delta(y, value).astype(y.dtype))
 
 
 @lru_cache(maxsize=256)

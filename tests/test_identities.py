@@ -147,7 +147,7 @@ TABLE = {
     "linear attention": (
         running(step_linear_attention),
         "",
-        [one(MATRIX, optax.sgd(1.0), C, dot_product, "after"), linear_attention(K, V, 5)],
+        [one(MATRIX, optax.sgd(1.0), C, dot_product, "after"), linear_attention(K, V)],
     ),
     "RetNet": (
         running(step_retnet),
@@ -157,7 +157,7 @@ TABLE = {
     "gated linear attention": (
         running(step_gated_linear_attention),
         "eta alpha",
-        [one(MATRIX, GRADIENT_DESCENT, C, dot_product, "after"), gated_linear_attention(K, V, 1)],
+        [one(MATRIX, GRADIENT_DESCENT, C, dot_product, "after"), gated_linear_attention(K, V)],
     ),
     "DeltaNet": (
         running(step_delta_net),
@@ -165,7 +165,7 @@ TABLE = {
         [
             one(MATRIX, dgd(exact=False), C, dot_product, "after"),
             one(MATRIX, GRADIENT_DESCENT, 1, l2_regression, "after"),
-            delta_net(K, V, 5),
+            delta_net(K, V),
         ],
     ),
     "Gated DeltaNet": (
@@ -173,13 +173,13 @@ TABLE = {
         "eta alpha",
         [
             one(MATRIX, dgd(exact=False, decayed_erase=True), C, dot_product, "after"),
-            gated_delta_net(K, V, 1),
+            gated_delta_net(K, V),
         ],
     ),
     "Longhorn": (
         running(step_longhorn),
         "eta",
-        [one(MATRIX, dgd(), C, dot_product, "after"), longhorn(K, V, 5)],
+        [one(MATRIX, dgd(), C, dot_product, "after"), longhorn(K, V)],
     ),
     "TTT-Linear": (
         loop_ttt_linear,

@@ -1,5 +1,7 @@
-"""Language models: Hope, Hope-Attention and Transformer++ on one skeleton, as pure functions over dicts."""
+"""Language models: Hope and the architectures it is compared with on one skeleton, as pure functions over dicts."""
 
+from .architectures import ARCHITECTURES as ARCHITECTURES
+from .build import build as build
 from .build import build_lm as build_lm
 from .config import ModelConfig as ModelConfig
 from .config import check_sequence_length as check_sequence_length

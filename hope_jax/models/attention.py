@@ -21,7 +21,7 @@ class KVCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal attention that carries its past in a `KVCache`; without `theta` it knows no positions."""
+    """Multi-head causal attention that carries its past in a `KVCache`."""
 
     def __init__(self, dim: int, heads: int, *, capacity: int, theta: float | None, out_gain: float, rngs: nnx.Rngs):
         self.dim, self.heads, self.capacity, self.theta = dim, heads, capacity, theta
@@ -57,8 +57,7 @@ class Attention(nnx.Module):
         mask_BT = jnp.ones((B, T), bool) if mask_BT is None else mask_BT
         position_BT = cache.position_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         q_BTHK, k_BTHK, v_BTHK = (self._heads(matmul(r_BTD, w)) for w in (self.wq, self.wk, self.wv))
-        if self.theta is not None:
-            q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta) for a in (q_BTHK, k_BTHK))
+        q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta) for a in (q_BTHK, k_BTHK))
 
         cache, seen, usable_B = _write(cache, k_BTHK, v_BTHK, mask_BT, phase)
         slot = jnp.arange(seen.key_BSHK.shape[1], dtype=jnp.int32)

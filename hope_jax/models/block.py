@@ -1,14 +1,14 @@
 """One block: a mixer over time, then a map of each token (spec 8.1)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from .attention import Attention
+from .architectures import ARCHITECTURES
 from .cms import CMSChain
 from .config import ModelConfig
-from .hope_mixer import HopeMixer
 from .norm import RMSNorm
 from .swiglu import SwiGLU
 
@@ -16,13 +16,13 @@ from .swiglu import SwiGLU
 class Block(nnx.Module):
     """`x + mixer(RMSNorm(x))`, then the CMS chain or the MLP, each with its own norms and residuals."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, make_mixer: Callable, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(config.dim)
-        self.mixer = _mixer(config, rngs)
-        if config.name == "transformer":
-            self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=_out_gain(config), rngs=rngs)
+        self.mixer = make_mixer(config, rngs)
+        if ARCHITECTURES[config.name].channel == "mlp":
+            self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=config.out_gain, rngs=rngs)
         else:
-            self.cms = CMSChain(config.dim, config.cms_hidden, out_gain=_out_gain(config), rngs=rngs)
+            self.cms = CMSChain(config.dim, config.cms_hidden, out_gain=config.out_gain, rngs=rngs)
 
     def init_state(self, batch_size: int) -> Any:
         """The mixer's state for a batch of fresh rows."""
@@ -36,19 +36,32 @@ class Block(nnx.Module):
         return state, self.mlp(x_BTD) if hasattr(self, "mlp") else self.cms(x_BTD)
 
 
-def _out_gain(config: ModelConfig) -> float:
-    """Output matrices of all branches start smaller, so that the residual stream keeps its scale."""
-    return config.branches**-0.5
+class HybridBlock(nnx.Module):
+    """Consecutive blocks with different mixers, which a scan over depth takes as one."""
+
+    def __init__(self, config: ModelConfig, make_mixers: tuple[Callable, ...], *, rngs: nnx.Rngs):
+        self.depth = len(make_mixers)
+        for i, make_mixer in enumerate(make_mixers):
+            setattr(self, f"block_{i}", Block(config, make_mixer, rngs=rngs))
+
+    def init_state(self, batch_size: int) -> Any:
+        """One state per block."""
+        return tuple(block.init_state(batch_size) for block in self._blocks())
+
+    def __call__(
+        self, x_BTD: jax.Array, state: Any, *, phase: int | None, mask_BT: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
+        after = []
+        for block, before in zip(self._blocks(), state, strict=True):
+            one, x_BTD = block(x_BTD, before, phase=phase, mask_BT=mask_BT)
+            after.append(one)
+        return tuple(after), x_BTD
+
+    def _blocks(self) -> list[Block]:
+        return [getattr(self, f"block_{i}") for i in range(self.depth)]
 
 
-def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> HopeMixer | Attention:
-    if config.name == "hope":
-        return HopeMixer(config, out_gain=_out_gain(config), rngs=rngs)
-    return Attention(
-        config.dim,
-        config.heads,
-        capacity=config.max_length,
-        theta=config.rope_theta,
-        out_gain=_out_gain(config),
-        rngs=rngs,
-    )
+def build_block(config: ModelConfig, rngs: nnx.Rngs) -> Block | HybridBlock:
+    """What the model repeats over its depth."""
+    mixers = ARCHITECTURES[config.name].mixers
+    return Block(config, mixers[0], rngs=rngs) if len(mixers) == 1 else HybridBlock(config, mixers, rngs=rngs)

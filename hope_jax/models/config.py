@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 from typing import Literal
 
-NAMES = ("hope", "hope_attention", "transformer")
+from .architectures import ARCHITECTURES, Architecture
+
+NAMES = tuple(ARCHITECTURES)
 READS = ("start", "before")
 MLP_RULES = ("input", "layerwise")
 DTYPES = ("float32", "bfloat16")
@@ -16,16 +18,17 @@ class ModelConfig:
     """Shape and switches of a language model; the defaults are the "tiny" column of spec 8.3.
 
     Attributes:
-      name: "hope" (self-modifying Titans, then CMS), "hope_attention" (softmax attention, then CMS) or
-        "transformer" (softmax attention, then SwiGLU).
+      name: the architecture, one of `NAMES`: "hope" (self-modifying Titans, then CMS), "transformer" (softmax
+        attention, then SwiGLU) or another of `architectures.py`.
       vocab_size: number of tokens.
       dim: width D of the residual stream.
       layers: number of blocks.
-      heads: heads of the self-modifying layer or of attention; must divide `dim`.
-      memory_hidden: hidden width F of each self-modifying box.
+      heads: heads of the mixer, attention or a memory each; must divide `dim`.
+      memory_hidden: hidden width F of each MLP memory.
       chunk_proj: tokens per write of the boxes that make k, v and the gates; it divides `chunk_mem` or the
         reverse.
-      chunk_mem: tokens per write of the main memory.
+      chunk_mem: tokens per write of the main memory, of every architecture with a memory that is read or whose errors
+        are taken at the chunk's start.
       read: "start" reads the weights of the chunk start, "before" the running ones (spec 7.3).
       momentum: decay of the write momentum, "gate" for one made from the token, None for no momentum.
       retention: writes forget by a gate alpha (False: alpha = 1).
@@ -33,6 +36,8 @@ class ModelConfig:
       exact: step size eta / (1 + eta |k|^2) rather than eta (spec 3.1).
       mlp_rule: "input" erases in the first matrix of a box only, "layerwise" in both (spec S7.6, S7.7).
       adaptive_q: queries come from a written box too.
+      static: of "k" and "v": those made by ordinary projections instead of written boxes.
+      erase_max: largest erase coefficient of delta-rule models; 2 gives transitions with eigenvalues down to -1.
       conv_window: causal convolution after q, k, v; 0 = none.
       value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
         themselves, can feed on their own growth until they overflow (experiments/LOG.md).
@@ -44,7 +49,9 @@ class ModelConfig:
         adapt inside the sequence; () = every level is an ordinary parameter. Each size divides the next.
       cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.
       bptt_chunks: per fast level, after how many writes the outer gradient is cut; () or None = never.
-      mlp_hidden: hidden width of the transformer's SwiGLU; None = 8/3 dim, to the next multiple of 8.
+      mlp_hidden: hidden width of the SwiGLU of architectures without CMS; None = 8/3 dim, to the next multiple of 8.
+      window: tokens a sliding-window attention sees, the current one included.
+      persistent: learned vectors that Titans' attention sees beside its window.
       max_length: tokens the attention cache holds.
       rope_theta: base of the rotary wavelengths; None = attention knows no positions.
       tie_embeddings: the head reuses the embedding.
@@ -56,7 +63,7 @@ class ModelConfig:
       256
     """
 
-    name: Literal["hope", "hope_attention", "transformer"] = "hope"
+    name: str = "hope"
     vocab_size: int = 256
     dim: int = 64
     layers: int = 2
@@ -71,6 +78,8 @@ class ModelConfig:
     exact: bool = True
     mlp_rule: Literal["input", "layerwise"] = "input"
     adaptive_q: bool = False
+    static: tuple[str, ...] = ()
+    erase_max: float = 1.0
     conv_window: int = 4
     value_norm: bool = True
     error_clip: float | None = None
@@ -81,6 +90,8 @@ class ModelConfig:
     cms_eta: float = 0.1
     bptt_chunks: tuple[int | None, ...] = ()
     mlp_hidden: int | None = None
+    window: int = 64
+    persistent: int = 4
     max_length: int = 2048
     rope_theta: float | None = 10_000.0
     tie_embeddings: bool = True
@@ -88,7 +99,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:
-        for field in ("cms_hidden", "cms_chunks", "bptt_chunks"):
+        for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "static"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
         for field, choices in _CHOICES.items():
             _require(
@@ -105,14 +116,39 @@ class ModelConfig:
         return self.dim // self.heads
 
     @property
+    def head_widths(self) -> tuple[int, int]:
+        """Key and value width of one head, K and V."""
+        return self.head_width, self.head_width
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the blocks are made of."""
+        return ARCHITECTURES[self.name]
+
+    @property
+    def has_cms(self) -> bool:
+        """Whether a block ends in a CMS chain."""
+        return self.architecture.channel == "cms"
+
+    @property
+    def repeats(self) -> int:
+        """Blocks, or groups of a hybrid's blocks, in the whole depth."""
+        return self.layers // len(self.architecture.mixers)
+
+    @property
     def mlp_width(self) -> int:
-        """Hidden width of the transformer's MLP."""
+        """Hidden width of the SwiGLU."""
         return self.mlp_hidden if self.mlp_hidden is not None else -(-8 * self.dim // 3 // 8) * 8
 
     @property
     def branches(self) -> int:
-        """Residual branches in the whole model: output matrices start smaller by the root of this."""
-        return self.layers * (2 if self.name == "transformer" else 1 + len(self.cms_hidden))
+        """Residual branches in the whole model."""
+        return self.layers * (1 + len(self.cms_hidden) if self.has_cms else 2)
+
+    @property
+    def out_gain(self) -> float:
+        """Output matrices of all branches start smaller, so that the residual stream keeps its scale."""
+        return self.branches**-0.5
 
 
 def check_sequence_length(config: ModelConfig, length: int) -> None:
@@ -127,7 +163,9 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
         f"sequences of {length} tokens never read what the CMS level with chunk {slowest} writes; train on "
         f"{slowest + 1} tokens or more, shorten cms_chunks {config.cms_chunks}, or drop that entry (an ordinary level)",
     )
-    chunk = max(config.chunk_proj, config.chunk_mem) if config.name == "hope" and config.read == "start" else 0
+    chunk = config.chunk_mem if config.architecture.chunked and config.read == "start" else 0
+    if chunk and config.name in ("hope", "self_modifying_titans"):
+        chunk = max(chunk, config.chunk_proj)
     _require(
         length > chunk,
         f"sequences of {length} tokens never read what a memory with chunk {chunk} writes; train on {chunk + 1} "
@@ -152,6 +190,8 @@ def _check_sizes(config: ModelConfig) -> None:
         "memory_hidden",
         "chunk_proj",
         "chunk_mem",
+        "window",
+        "persistent",
         "max_length",
     ):
         _require_positive(field, getattr(config, field))
@@ -165,13 +205,18 @@ def _check_sizes(config: ModelConfig) -> None:
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
-        config.name == "hope" or config.rope_theta is None or config.head_width % 2 == 0,
+        not config.architecture.rotary or config.rope_theta is None or config.head_width % 2 == 0,
         f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
         f"heads={config.heads}",
     )
     _require(
-        config.name == "transformer" or len(config.cms_hidden) > 0,
+        not config.has_cms or len(config.cms_hidden) > 0,
         "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
+    )
+    mixers = len(config.architecture.mixers)
+    _require(
+        config.layers % mixers == 0,
+        f"{config.name} alternates {mixers} mixers, so layers must be a multiple of {mixers}; got {config.layers}",
     )
     _require(
         config.rope_theta is None or config.rope_theta > 0,
@@ -194,6 +239,8 @@ def _check_memories(config: ModelConfig) -> None:
         clip is None or (_is_number(clip) and clip > 0), f"error_clip must be None or a positive number; got {clip!r}"
     )
     _require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
+    _require(0 < config.erase_max <= 2, f"erase_max must lie in (0, 2]; got {config.erase_max}")
+    _require(set(config.static) <= {"k", "v"}, f"static holds some of 'k' and 'v'; got {config.static}")
     fast, slow = sorted((config.chunk_proj, config.chunk_mem))
     _require(
         slow % fast == 0,
@@ -204,8 +251,8 @@ def _check_memories(config: ModelConfig) -> None:
 def _check_fast_levels(config: ModelConfig) -> None:
     chunks = config.cms_chunks
     _require(
-        not chunks or config.name != "transformer",
-        f"the transformer has no CMS levels; leave cms_chunks empty (got {chunks}) or use 'hope_attention'",
+        not chunks or config.has_cms,
+        f"{config.name} has no CMS levels; leave cms_chunks empty (got {chunks}) or use 'hope' or 'hope_attention'",
     )
     _require(
         len(chunks) <= len(config.cms_hidden),

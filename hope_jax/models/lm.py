@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .block import Block
+from .block import build_block
 from .config import ModelConfig
 from .ends import Ends
 from .functional import Params, functional
@@ -42,12 +42,12 @@ def skeleton(config: ModelConfig) -> LM:
       `LM(init, init_state, apply, reset)`.
     """
     init_ends, ends = functional(lambda rngs: Ends(config, rngs=rngs))
-    init_block, block = functional(lambda rngs: Block(config, rngs=rngs))
+    init_block, block = functional(lambda rngs: build_block(config, rngs))
     recompute = _remat(config.remat)
 
     def init(key: jax.Array) -> Params:
         ends_key, blocks_key = jax.random.split(key)
-        blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.layers))
+        blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.repeats))
         return {**init_ends(ends_key), "blocks": blocks}
 
     def init_state(params: Params, batch_size: int) -> Any:

@@ -23,41 +23,45 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
-    """The transformer with `target` parameters: its MLP width, and only if needed its `dim`, is chosen.
+    """The model with `target` parameters: the width of its MLP or CMS levels, and only if needed its `dim`, is chosen.
 
     Args:
-      config: a transformer; everything but `mlp_hidden` and `dim` is kept.
+      config: any model; everything but `mlp_hidden` (`cms_hidden`, all levels equal) and `dim` is kept.
       target: number of parameters to match.
 
     Returns:
       The config whose count is within 1% of `target`.
 
     Raises:
-      ValueError: `config` is not a transformer, or no width comes close enough.
+      ValueError: no width comes close enough.
 
     Example:
       >>> config = match_parameters(ModelConfig(name="transformer"), 120_000)
       >>> abs(count_parameters(config) - 120_000) < 1_200
       True
     """
-    if config.name != "transformer":
-        raise ValueError(f"only a transformer is fitted to a number of parameters; got name={config.name!r}")
     step = 2 * config.heads  # rotary positions need an even head width
     widths = sorted(range(step, 2 * config.dim + step, step), key=lambda dim: abs(dim - config.dim))
     for dim in (config.dim, *widths):
-        fitted = _fit_mlp(dataclasses.replace(config, dim=dim), target)
+        fitted = _fit_width(dataclasses.replace(config, dim=dim), target)
         if fitted is not None:
             return fitted
     raise ValueError(
-        f"no MLP width and dim up to {2 * config.dim} give {config.layers} layers {target} parameters within "
-        f"{TOLERANCE:.0%}; change layers or dim"
+        f"no width and dim up to {2 * config.dim} give {config.layers} layers of {config.name} {target} parameters "
+        f"within {TOLERANCE:.0%}; change layers or dim"
     )
 
 
-def _fit_mlp(config: ModelConfig, target: int) -> ModelConfig | None:
-    """Solve for the MLP width: the count is linear in it."""
-    one, two = (count_parameters(dataclasses.replace(config, mlp_hidden=width)) for width in (1, 2))
+def _fit_width(config: ModelConfig, target: int) -> ModelConfig | None:
+    """Solve for the width of what follows the mixer: the count is linear in it."""
+    one, two = (count_parameters(_with_width(config, width)) for width in (1, 2))
     hidden = 1 + round((target - one) / (two - one))
     if hidden < 1 or abs(one + (hidden - 1) * (two - one) - target) > TOLERANCE * target:
         return None
-    return dataclasses.replace(config, mlp_hidden=hidden)
+    return _with_width(config, hidden)
+
+
+def _with_width(config: ModelConfig, width: int) -> ModelConfig:
+    if config.has_cms:
+        return dataclasses.replace(config, cms_hidden=(width,) * len(config.cms_hidden))
+    return dataclasses.replace(config, mlp_hidden=width)

@@ -87,7 +87,7 @@ def sample_lengths(model: ModelConfig, sample_bytes: int) -> tuple[int, int]:
     >>> sample_lengths(ModelConfig(name="transformer", max_length=32), sample_bytes=300)
     (16, 16)
     """
-    if model.name == "hope":
+    if not model.architecture.cache:
         return SAMPLE_PROMPT_BYTES, sample_bytes
     prompt_bytes = min(SAMPLE_PROMPT_BYTES, model.max_length // 2)
     return prompt_bytes, min(sample_bytes, model.max_length - prompt_bytes)

@@ -102,7 +102,7 @@ class TrainConfig:
             raise UserError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95")
         if any(period < 1 for period in self.cms_periods):
             raise UserError(f"cms_periods={self.cms_periods}: every period must be at least 1, for example 1,4")
-        levels = 0 if self.model.name == "transformer" else len(self.model.cms_hidden)
+        levels = len(self.model.cms_hidden) if self.model.has_cms else 0
         if len(self.cms_periods) > levels:
             raise UserError(
                 f"cms_periods={self.cms_periods}: model={self.model.name} has {levels or 'no'} CMS levels; "
@@ -113,7 +113,7 @@ class TrainConfig:
         check_sequence_length(self.model, self.seq_len)
         if self.model.vocab_size != 256:
             raise UserError(f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256")
-        if self.model.name != "hope" and self.seq_len > self.model.max_length:
+        if self.model.architecture.cache and self.seq_len > self.model.max_length:
             raise UserError(
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
                 f"{self.model.max_length}; make one smaller or the other larger"

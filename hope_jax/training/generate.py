@@ -110,7 +110,7 @@ def check_prompt(prompt: bytes, seen_bytes: list[int]) -> bytes:
 
 def check_length(model: ModelConfig, total: int) -> None:
     """Refuses a text that is longer than the attention cache; a recurrent memory has no such limit."""
-    if model.name != "hope" and total > model.max_length:
+    if model.architecture.cache and total > model.max_length:
         raise UserError(
             f"prompt and continuation are {total} bytes but the attention cache holds {model.max_length}; "
             "lower --max-bytes or shorten the prompt"

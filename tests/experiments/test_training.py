@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments import formal_languages, mad, mqar, records
-from experiments.options import Options, cells, command, fingerprint, from_command_line, model_config, model_names
+from experiments.options import Options, cells, command, fingerprint, from_command_line, model_config
 from experiments.running import Job, main, run
 from experiments.training import Batch, Model, cross_entropy, language_model, make_step, optimizer, start, state_bytes
 from experiments.training import train as train_model
@@ -150,10 +150,6 @@ def test_mistakes_that_show_later_end_with_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mqar", "--tiny", "--overrides", "exct=false"])
     with pytest.raises(SystemExit, match=r"^error: unknown key 'exct'; did you mean 'exact'"):
         main("mqar", mqar.RecallOptions, mqar.TINY, mqar.prepare)
-
-
-def test_names_come_from_the_library():
-    assert {"hope", "hope_attention", "transformer"} <= set(model_names())
 
 
 def test_records_are_kept_and_not_computed_again(tmp_path):

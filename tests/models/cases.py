@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hope_jax.models import ModelConfig
+from hope_jax.models import ARCHITECTURES, ModelConfig
 
 LENGTH = 17  # not a multiple of the chunk sizes below
 VOCAB = 40
@@ -25,6 +25,10 @@ CASES = {
         _SMALL, name="hope_attention", max_length=24, cms_chunks=(4, 8), cms_hidden=(16, 16)
     ),
     "hope_fast": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16, 16)),
+    **{
+        name: dataclasses.replace(_SMALL, name=name, max_length=24, window=12, eta_init=0.1)
+        for name in sorted(set(ARCHITECTURES) - {"transformer", "hope_attention", "hope"})
+    },
 }
 
 

@@ -1,0 +1,54 @@
+"""Every architecture of the table, in the least that tells it works; what all promise is in test_contract.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.models import ARCHITECTURES, ModelConfig, build, build_lm, count_parameters, match_parameters
+from tests.models.cases import CASES, distinct_tokens
+
+LENGTH = 9  # over two chunks of four, and one token
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_a_stream_of_tokens_is_the_parallel_pass(name):
+    """One block of it, token by token in a scan against the whole sequence, in one program."""
+    config = dataclasses.replace(CASES[name], layers=len(ARCHITECTURES[name].mixers))
+    lm = build_lm(config)
+    tokens = distinct_tokens(rows=2, length=LENGTH)
+
+    def both(key):
+        params = lm.init(key)
+        params["embedding"] = 25 * params["embedding"]  # logits of order one
+        fresh = lm.init_state(params, 2)
+        one = lambda state, token: lm.apply(params, state, token[:, None])  # noqa: E731
+        _, stream = jax.lax.scan(one, fresh, tokens.T)
+        return lm.apply(params, fresh, tokens, phase=0)[1], jnp.moveaxis(stream[:, :, 0], 0, 1)
+
+    whole, stream = jax.jit(both)(jax.random.key(0))
+    assert 0.3 < float(jnp.std(whole)) < 3
+    np.testing.assert_allclose(stream, whole, rtol=0, atol=1e-5)
+
+
+def test_build_takes_a_name():
+    """And refuses one that does not exist."""
+    config = ModelConfig(dim=16, layers=1)
+    shapes = jax.eval_shape(build("retnet", config).init, jax.random.key(0))
+    assert "mlp" in shapes["blocks"] and "memory" in shapes["blocks"]["mixer"]
+    with pytest.raises(ValueError, match=r"name must be one of .*got 'delta'"):
+        build("delta", config)
+
+
+def test_a_hybrid_needs_whole_rounds_of_its_mixers():
+    with pytest.raises(ValueError, match=r"samba alternates 2 mixers, so layers must be a multiple of 2; got 3"):
+        ModelConfig(name="samba", layers=3)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_parameters_can_be_matched(name):
+    target = count_parameters(ModelConfig(name="transformer", dim=32))
+    fitted = match_parameters(ModelConfig(name=name, dim=32, memory_hidden=16), target)
+    assert abs(count_parameters(fitted) - target) <= 0.01 * target
