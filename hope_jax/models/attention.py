@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         heads: int,
         *,
         capacity: int,
-        theta: float,
+        theta: float | None,
         out_gain: float,
         kv_heads: int | None = None,
         head_width: int | None = None,

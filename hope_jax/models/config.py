@@ -69,7 +69,7 @@ class ModelConfig:
       window: tokens a sliding-window attention sees, the current one included.
       persistent: learned vectors that Titans' attention sees beside its window.
       max_length: tokens the attention cache holds.
-      rope_theta: base of the rotary wavelengths.
+      rope_theta: base of the rotary wavelengths; None = attention knows no positions.
       rope_llama3: () or the four numbers of "llama3" scaling: factor, low and high frequency factors, and tokens of
         the contexts before scaling (see `rotary.stretched`).
       norm_eps: constant inside the norms of the residual stream.
@@ -119,7 +119,7 @@ class ModelConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     max_length: int = 2048
-    rope_theta: float = 10_000.0
+    rope_theta: float | None = 10_000.0
     rope_llama3: tuple[float, ...] = ()
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -249,7 +249,7 @@ def _check_sizes(config: ModelConfig) -> None:
         f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
     )
     _require(
-        not config.architecture.rotary or config.head_width % 2 == 0,
+        not config.architecture.rotary or config.rope_theta is None or config.head_width % 2 == 0,
         f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
         f"heads={config.heads}",
     )
@@ -262,7 +262,10 @@ def _check_sizes(config: ModelConfig) -> None:
         config.layers % mixers == 0,
         f"{config.name} alternates {mixers} mixers, so layers must be a multiple of {mixers}; got {config.layers}",
     )
-    _require(config.rope_theta > 0, f"rope_theta must be positive; got {config.rope_theta}")
+    _require(
+        config.rope_theta is None or config.rope_theta > 0,
+        f"rope_theta must be positive, or None for no positions; got {config.rope_theta}",
+    )
 
 
 def _check_attention(config: ModelConfig) -> None:
@@ -323,7 +326,7 @@ def _check_fast_levels(config: ModelConfig) -> None:
         f"chunk sizes must divide, fastest first; got {'cms' if chunks else 'mlp'}_chunks={list(fast_chunks)}",
     )
     _require(
-        config.cms_variant != "nested" or len(fast_chunks) >= 2 or config.name == "transformer",
+        config.cms_variant != "nested" or len(fast_chunks) >= 2 or not config.has_cms,
         f"cms_variant='nested' needs two fast levels, or nothing starts again; got chunk sizes {fast_chunks}",
     )
     _require(config.cms_eta >= 0, f"cms_eta must not be negative; got {config.cms_eta}")

@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 
 
-def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
+def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float | None, scaling: tuple[float, ...] = ()) -> jax.Array:
     """Turn channel pairs `(i, i + K/2)` by `position * theta^(-2i/K)`; angles in at least float32.
 
     Args:
       x_BTHK: queries or keys, K even.
       position_BT: integer positions, B may be 1.
-      theta: the longest wavelength is about `2 pi theta` tokens.
+      theta: the longest wavelength is about `2 pi theta` tokens; None turns nothing, so no position is known.
       scaling: () or the four numbers of `stretched`.
 
     Returns:
       Array of x's shape and dtype. Products of rotated queries and keys depend on position differences only
       (RoFormer, arXiv:2104.09864).
     """
+    if theta is None:
+        return x_BTHK
     half = x_BTHK.shape[-1] // 2
     wide = jnp.promote_types(x_BTHK.dtype, jnp.float32)
     frequency = jnp.asarray(theta, wide) ** (-jnp.arange(half, dtype=wide) / half)

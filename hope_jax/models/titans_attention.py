@@ -83,7 +83,7 @@ class Segment(NamedTuple):
 
 
 def memory_as_context(
-    dim: int, heads: int, *, hidden: int, segment: int, persistent: int, eta_init: float, theta: float = 10_000.0
+    dim: int, heads: int, *, hidden: int, segment: int, persistent: int, eta_init: float, theta: float | None = 10_000.0
 ) -> SequenceLayer:
     """MAC: attention inside a segment over [persistent; what the memory recalls; the segment], then a write.
 

@@ -33,7 +33,7 @@ class WindowAttention(nnx.Module):
         heads: int,
         *,
         window: int,
-        theta: float,
+        theta: float | None,
         persistent: int = 0,
         out_gain: float = 1.0,
         rngs: nnx.Rngs,

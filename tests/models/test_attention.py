@@ -51,6 +51,20 @@ def test_rotation_keeps_norms_and_depends_on_differences(x64):
     np.testing.assert_allclose(jnp.vdot(turned, turned), jnp.vdot(q, q), rtol=1e-12)
 
 
+def test_without_positions_the_order_of_the_past_does_not_matter():
+    """With one layer the last output reads the earlier tokens as a set; with positions it does not."""
+    tokens = jnp.array([[3, 1, 4, 5, 2]])
+    shuffled = tokens[:, jnp.array([2, 0, 3, 1, 4])]
+
+    def last_logits(theta, read):
+        lm = build_lm(ModelConfig(name="transformer", vocab_size=8, dim=8, layers=1, heads=2, rope_theta=theta))
+        params = lm.init(jax.random.key(0))
+        return lm.apply(params, lm.init_state(params, 1), read, phase=0)[1][:, -1]
+
+    np.testing.assert_allclose(last_logits(None, tokens), last_logits(None, shuffled), rtol=0, atol=1e-6)
+    assert jnp.abs(last_logits(10.0, tokens) - last_logits(10.0, shuffled)).max() > 1e-4
+
+
 @pytest.mark.parametrize(("length", "phase"), [(9, 0), (9, None), (4, 5)])
 def test_overflow_that_is_known_is_refused(attention, length, phase):
     params, apply, cache = attention

@@ -1,0 +1,115 @@
+"""The report says what the records say, and nothing else."""
+
+import dataclasses
+
+import pytest
+
+from experiments.cells import show, table_cells
+from experiments.published import TABLES, Table
+from experiments.records import Record, write
+from experiments.report import NONE, ReportOptions, report
+
+BASE = Record(
+    experiment="formal_languages",
+    model="hope",
+    column="parity",
+    setting="",
+    seed=0,
+    options={"learning_rates": [0.001], "seeds": [0], "pairs": [4]},
+    config={},
+    parameters=1234,
+    state_bytes=4096,
+    steps=500,
+    seconds=60.0,
+    cpu_seconds=90.0,
+    compile_seconds=5.0,
+    tokens_per_second=1000,
+    scores={"bin0": 0.981, "bin1": 0.1},
+    curve=[],
+    failed=None,
+    machine="cpu: some processor",
+    versions={},
+    commit="abc",
+    command="python -m experiments.formal_languages --models hope",
+)
+
+
+def record(rate=0.001, seed=0, scores=None, **changes):
+    changes["options"] = {"learning_rates": [rate], "seeds": [seed], "pairs": [4]}
+    return dataclasses.replace(BASE, seed=seed, scores=BASE.scores if scores is None else scores, **changes)
+
+
+TABLE = TABLES["formal_languages"]
+
+
+def cell(records, table=TABLE, column="parity"):
+    return show(table_cells(records, table)["hope", column], table, column)
+
+
+def test_the_best_configuration_is_the_best_mean_over_its_seeds():
+    """One lucky seed of another learning rate does not count; bin1 decides before bin0."""
+    lucky = [record(0.01, 0, {"bin0": 1.0, "bin1": 1.0}), record(0.01, 1, {"bin0": 1.0, "bin1": 0.0})]
+    steady = [record(0.1, seed, {"bin0": 0.5, "bin1": 0.6 + 0.1 * seed}) for seed in (0, 1)]
+    assert cell([*lucky, *steady]) == "50.0 ± 0.0 / 65.0 ± 7.1"
+    assert table_cells([*lucky, *steady], TABLE)["hope", "parity"][""].tried == 2
+
+
+def test_a_failed_seed_counts_as_nothing_right():
+    failed = record(0.1, 1, {}, failed="not finite at step 3")
+    assert cell([record(0.1, 0, {"bin0": 1.0, "bin1": 1.0}), failed]) == "50.0 ± 70.7 / 50.0 ± 70.7"
+
+
+def test_one_seed_has_no_spread():
+    assert cell([record()]) == "98.1 / 10.0"
+
+
+def test_a_column_is_the_mean_of_the_best_of_its_settings():
+    table = TABLES["mad"]
+    runs = [
+        record(0.1, 0, {"score": 0.2}, column="compression", setting="baseline"),
+        record(0.2, 0, {"score": 0.4}, column="compression", setting="baseline"),
+        record(0.1, 0, {"score": 1.0}, column="compression", setting="vocab=32"),
+    ]
+    assert cell(runs, table, "compression") == "70.0 [2 of 11]"
+
+
+def test_report_shows_records_and_published_numbers_and_invents_nothing(tmp_path):
+    runs = [record(), record(seed=1), record(0.1, 0, {}, model="lstm", failed="not finite at step 3: loss nan")]
+    runs += [
+        record(
+            model=model, experiment="mqar", column=f"4 pairs, D {width}", scores={"accuracy": 0.5}, state_bytes=width
+        )
+        for model in ("hope", "transformer")
+        for width in (8, 16)
+    ]
+    for number, one in enumerate(runs):
+        write(tmp_path / "results" / one.experiment / f"{number}.json", one)
+    text = report(ReportOptions(tmp_path / "results", tmp_path)).read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    languages = text[text.index("## Formal") : text.index("## MAD")]
+    assert f"| hope | 98.1 ± 0.0 / 10.0 ± 0.0 | {' | '.join([NONE] * 5)} |" in languages
+    assert "| hope, published | 100 / 100 | 100 / 100 |" in languages
+    assert f"| srwm | {' | '.join([NONE] * 6)} |" in languages
+    assert "0 (not finite at step 3: loss nan)" in languages and "0 1 | 1 | 1,234 | 500 | 1.5 | abc | M1 |" in languages
+    assert "`python -m experiments.formal_languages --models hope`" in languages
+    assert "arXiv:2512.24695, Table 5" in languages and "No records yet." in text[text.index("## MAD") :]
+    assert "| model | 4 pairs, D 8 | 4 pairs, D 16 |" in text
+    assert "- M1: cpu: some processor" in text and rows
+    for name in ("formal_languages", "mqar", "mqar_state"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](plots/{name}.png)" in text
+    assert not (tmp_path / "plots" / "mad.png").exists()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_rows_are_whole(name):
+    table = TABLES[name]
+    assert all(tuple(row) == table.columns for row in table.published.values())
+    assert bool(table.published) == bool(table.source)
+
+
+def test_an_experiment_without_a_layout_shows_all_its_scores(tmp_path):
+    write(tmp_path / "new" / "0.json", record(experiment="new", scores={"x": 0.25, "y": 0.5}))
+    text = report(ReportOptions(tmp_path, tmp_path)).read_text()
+    assert "| hope | 25.0 / 50.0 |" in text[text.index("## new") :]
+    assert Table("new", ("x",), ("x",)).columns == ()

@@ -1,0 +1,34 @@
+"""Every experiment's tiny mode runs from its command line and leaves records the report can read."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments import records
+from experiments.options import cells
+from experiments.running import run
+
+# Hope where it is quickest to compile; the others learn nothing about it here.
+TINY = {"formal_languages": ("transformer",), "mqar": ("hope",), "mad": ("transformer",)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny(name, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
+    options = dataclasses.replace(module.TINY, models=TINY[name], results=tmp_path)
+    run(name, options, module.prepare, Console(quiet=True))
+    found = list(records.read_all(tmp_path))
+    assert len(found) == len(list(cells(options))) > 0
+    for record in found:
+        assert record.failed is None and record.steps == options.steps
+        assert all(0 <= score <= 1 for score in record.scores.values())
+        assert f"experiments.{name}" in record.command
+
+
+def test_every_experiment_is_here():
+    """A file with tiny defaults is an experiment, and runs above."""
+    folder = Path(__file__).parents[2] / "experiments"
+    assert set(TINY) == {path.stem for path in folder.glob("*.py") if "\nTINY = " in path.read_text()}
