@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float | None, scaling: tuple[float, ...] = ()) -> jax.Array:
+def rotate(
+    x_BTHK: jax.Array, position_BT: jax.Array, theta: float | None, scaling: tuple[float, ...] = ()
+) -> jax.Array:
     """Turn channel pairs `(i, i + K/2)` by `position * theta^(-2i/K)`; angles in at least float32.
 
     Args:
