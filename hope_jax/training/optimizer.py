@@ -15,7 +15,7 @@ from hope_jax.training.config import TrainConfig
 from hope_jax.training.sharding import path_string
 
 # Weight decay pulls a matrix towards zero; these have another resting point, or none.
-NO_DECAY = re.compile(r"(^|/)(scale|bias|embedding|head|logits)$|/gates/|/conv/")
+NO_DECAY = re.compile(r"(^|/)(\w*scale|bias|embedding|head|logits|skip|persistent\w*)$|/gates/|/conv/|/adjust/")
 CMS_LEVEL = re.compile(r"(?:^|/)cms/level_(\d+)/")
 
 

@@ -26,8 +26,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)head$", P("fsdp", "tensor")),  # the same, the other way round
     (r"/mixer/w[qkv]$|/mixer/w_gate$", P("fsdp", "tensor")),  # heads over tensor
     (r"/mixer/wo$|/mixer/w_out$", P("tensor", "fsdp")),
-    (r"/memory/(in_proj|static/\w+)$", P("fsdp", "tensor")),
-    (r"/memory/boxes/\w+/w[12]$", P("tensor", "fsdp", None)),  # one matrix per head
+    (r"/memory/(in_proj|static/\w+|w[qkvrxh])$", P("fsdp", "tensor")),
+    (r"/memory/(boxes|start)/\w+/w[12]?$", P("tensor", "fsdp", None)),  # one matrix per head
     (r"/memory/conv/\w+$", P("tensor", None)),
     (r"/memory/gates/\w+/w$", P("tensor", None)),
     (r"/memory/gates/\w+/b$", P("tensor")),

@@ -25,6 +25,8 @@ def mesh():
         ("params/blocks/mixer/memory/in_proj", (2, 64, 64), P(None, "fsdp", "tensor")),
         ("params/blocks/mixer/memory/static/q", (2, 64, 64), P(None, "fsdp", "tensor")),
         ("params/blocks/mixer/memory/boxes/mem/w1", (2, 2, 32, 16), P(None, "tensor", "fsdp", None)),
+        ("params/blocks/mixer/memory/wk", (2, 64, 64), P(None, "fsdp", "tensor")),
+        ("params/blocks/block_0/mixer/memory/start/level_0/w2", (2, 2, 32, 16), P(None, "tensor", "fsdp", None)),
         ("params/blocks/mixer/memory/conv/q", (2, 4, 2, 32), P(None, None, "tensor", None)),
         ("params/blocks/mixer/memory/gates/eta/w", (2, 2, 32), P(None, "tensor", None)),
         ("params/blocks/mixer/memory/gates/eta/b", (2, 2), P(None, "tensor")),
