@@ -137,7 +137,7 @@ def test_gradients_of_gate_parameters_point_the_right_way(precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["default", "high"])
+@pytest.mark.parametrize("precision", ["default", "high", "fast"])
 def test_gradients_of_gate_parameters_in_the_tile_of_a_chip(precision):
     spec = ArgSpec(batch=1, tokens=512, heads=2, key_width=64, value_width=64, dtype="bfloat16")
     config = Config(block_t=128, heads=2, group=2, interpret=True)
@@ -182,6 +182,15 @@ def test_vmap_is_a_loop():
     parts = [single(*jax.tree.map(lambda x, i=i: x[i], stacked)) for i in (0, 1)]
     looped = jax.tree.map(lambda *x: jnp.stack(x), *parts)
     assert_close(mapped, looped)
+
+
+def test_vmap_fills_the_cells():
+    """8 examples of 2 heads: one cell of 16 streams, in both kernels."""
+    arguments = make_arguments(SPEC._replace(batch=1, heads=2, tokens=16))
+    arguments = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), arguments)
+    run = everything(**HOW | {"config": Config(block_t=16, interpret=True)})
+    calls = calls_of("pallas_call", jax.vmap(run), arguments, jax.vmap(cotangents_of)(arguments))
+    assert [call.params["grid_mapping"].grid for call in calls] == [(1, 1, 1)] * 2
 
 
 def test_what_is_kept_for_the_gradient():

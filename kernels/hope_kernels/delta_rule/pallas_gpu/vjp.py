@@ -1,6 +1,5 @@
 """The four kernels as one differentiable function."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from hope_kernels.delta_rule.batching import in_batch
 from hope_kernels.delta_rule.pallas_gpu.gates import gate_gradients, gate_rows
 from hope_kernels.delta_rule.pallas_gpu.gradients import gradients
 from hope_kernels.delta_rule.pallas_gpu.inverse import tile_products
@@ -22,18 +22,18 @@ type Result = tuple[jax.Array | None, jax.Array]  # y [B, T, H, V], end [B, H, K
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def delta_rule(plan: Plan, inputs: Inputs, start_BHKV: jax.Array) -> Result:
     """Reads and final state; T a multiple of the tile."""
-    return _in_batch(partial(_run, plan, False))(inputs, start_BHKV)[:2]
+    return in_batch(partial(_run, plan, False))(inputs, start_BHKV)[:2]
 
 
 def _forward(plan: Plan, inputs: Inputs, start_BHKV: jax.Array):
-    y, end, *kept = _in_batch(partial(_run, plan, True))(inputs, start_BHKV)
+    y, end, *kept = in_batch(partial(_run, plan, True))(inputs, start_BHKV)
     names = ("delta_rule_states", "delta_rule_states", "delta_rule_inverse", "delta_rule_inverse")
     kept = [None if x is None else checkpoint_name(x, name) for x, name in zip(kept, names, strict=True)]
     return (y, end), (inputs, *kept)
 
 
 def _backward(plan: Plan, saved: tuple[Any, ...], cotangents: Result):
-    return _in_batch(partial(_run_back, plan))(saved, cotangents)
+    return in_batch(partial(_run_back, plan))(saved, cotangents)
 
 
 delta_rule.defvjp(_forward, _backward)
@@ -129,20 +129,3 @@ def _of_key_heads(gradient_BTHK: jax.Array, k: jax.Array) -> jax.Array:
     batch, tokens, key_heads, width = k.shape
     split = gradient_BTHK.reshape(batch, tokens, key_heads, -1, width)
     return split.astype(jnp.float32).sum(3).astype(k.dtype)
-
-
-def _in_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose arrays all begin with the batch; under `vmap` the mapped axis becomes part of it."""
-    run = jax.custom_batching.custom_vmap(function)
-
-    @run.def_vmap
-    def _rule(size: int, mapped: Any, *arguments: Any) -> tuple[Any, Any]:
-        def fold(x: jax.Array, is_mapped: bool) -> jax.Array:
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = run(*jax.tree.map(fold, arguments, tuple(mapped)))
-        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return run

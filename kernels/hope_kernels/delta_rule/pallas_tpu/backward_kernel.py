@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from hope_kernels.delta_rule.pallas_tpu import decay, layout
-from hope_kernels.delta_rule.pallas_tpu.plan import Plan, Stream
-from hope_kernels.delta_rule.pallas_tpu.products import product
+from hope_kernels.delta_rule.pallas_tpu.plan import LANES, Plan, Stream
+from hope_kernels.delta_rule.pallas_tpu.products import product, sum_of_products
 
 NAME = "delta_rule_backward"
 
@@ -33,124 +33,131 @@ def run(plan: Plan, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *given) -> None:
-    refs = dict(zip((*inputs, *outputs, "d_state"), given, strict=True))
+    refs = dict(zip((*inputs, *outputs, "shifted"), given, strict=True))
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
-        refs["d_state"][...] = refs["d_end"][...].reshape(refs["d_state"].shape)
+        refs["d_start"][...] = refs["d_end"][...]
 
     columns = decay.load_columns(plan, refs)
     for streams in plan.groups(plan.gradient_group):
         _group(plan, refs, columns, streams)
 
-    @pl.when(step == plan.tiles - 1)
-    def _():
-        refs["d_start"][...] = refs["d_state"][...].reshape(refs["d_start"].shape)
-
 
 def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Stream]) -> None:
     """One tile of a group of streams, (S5.5) with the roles of a key as row and as column of the system apart."""
-    first, many, tile = streams[0].number, len(streams), plan.tile
-    inside, outside = plan.gradient_passes, plan.passes
-    shifted = plan.read == "before"
+    tile, inside, outside = plan.tile, plan.gradient_passes, plan.passes
     gates = decay.load_gates(plan, refs, columns, streams)
     k = decay.load_heads(refs["k"], streams, plan.key_width, keys=True)
     w = decay.load_heads(refs["u"], streams, plan.value_width)
     start = jnp.stack([refs["starts"][s.row, 0, s.head] for s in streams])
-    d_state = refs["d_state"][first : first + many]
+    d_state = jnp.stack([refs["d_start"][s.row, s.head] for s in streams])
     to_end, kept = decay.until_end(plan, gates), decay.whole_tile(plan, gates)
-    k_end = decay.scaled(k, to_end)
+    now, before = decay.since_and_ratios(plan, refs["shifted"], gates, streams)
+    at_read = before if plan.read == "before" else now
 
     # The writes W once more, and their cotangent.
-    d_w = product(k_end, d_state, "ck,kv", outside)
-    kept_state = d_state if kept is None else kept * d_state
+    d_w = product(decay.scaled(k, to_end), d_state, "ck,kv", outside)
     # What an absent term leaves out stays None, and is not used.
     k_start: Any = None
     inverse: Any = None
-    since_before = None
     if plan.erase:
         inverse = jnp.stack([refs["inverse"][s.row, 0, s.head] for s in streams])
-        since_before = decay.since_start(plan, gates, shifted=True)
-        k_start = decay.scaled(k, gates.eta, since_before)
-        w = product(inverse, w - product(k_start, start, "tk,kv", outside), "ti,iv", inside)
+        k_start = decay.scaled(k, -gates.eta, before.since)
+        w = product(inverse, w + product(k_start, start, "tk,kv", outside), "ti,iv", inside)
     q: Any = None
     dy: Any = None
-    since = None
     if plan.read:
         q = decay.load_heads(refs["q"], streams, plan.key_width, keys=True)
         dy = decay.load_heads(refs["dy"], streams, plan.value_width)
-        since = decay.since_start(plan, gates, shifted)
-        scores = decay.ratios_transposed(plan, gates, strict=shifted, shifted=shifted)
-        d_w += product(scores * product(k, q, "ik,tk", inside), dy, "it,tv", inside)
+        d_w += product(at_read.ratio * product(q, k, "tk,ik", outside), dy, "ti,tv", inside)
     d_u = product(inverse, d_w, "ti,tv", inside) if plan.erase else d_w
-
-    # The state: what the tile passes back, and the cotangents of what was multiplied with it.
-    rows, cotangents = [], []  # of the system, and of the reads
-    if plan.erase:
-        rows.append(-k_start)
-        cotangents.append(d_u)
-    if plan.read:
-        rows.append(decay.scaled(q, since))
-        cotangents.append(dy.astype(jnp.float32))
-    d_start = kept_state
-    d_rows: Any = None
-    products: Any = None
-    products_T: Any = None
-    if rows:
-        both = jnp.concatenate(cotangents, axis=1)
-        d_start += product(jnp.concatenate(rows, axis=1), both, "ck,cv", outside)
-        d_rows = product(both, start, "tv,kv", outside)
-        products = product(both, w, "tv,iv", inside)
-        products_T = product(w, both, "iv,tv", inside)
-    d_k_end = decay.scaled(product(w, d_state, "cv,kv", outside), to_end)
-    refs["d_state"][first : first + many] = d_start
-
-    # Keys and queries.
-    d_k = d_k_end
-    k32 = k.astype(jnp.float32)
-    d_before = d_eta = d_total = None
-    d_row: Any = None
-    if plan.erase:
-        system = -decay.ratios(plan, gates, strict=True, shifted=True) * products[:, :tile]
-        system_T = -decay.ratios_transposed(plan, gates, strict=True, shifted=True) * products_T[:, :, :tile]
-        d_row = product(system, k, "ti,ik", inside) - decay.scaled(d_rows[:, :tile], since_before)
-        d_k += product(system_T * gates.eta_row, k, "it,tk", inside)
-        d_eta = k32 * d_row
-    if plan.read:
-        score = decay.ratios(plan, gates, strict=shifted, shifted=shifted) * products[:, -tile:]
-        score_T = decay.ratios_transposed(plan, gates, strict=shifted, shifted=shifted) * products_T[:, :, -tile:]
-        d_q = product(score, k, "ti,ik", inside) + decay.scaled(d_rows[:, -tile:], since)
-        d_k += product(score_T, q, "it,tk", inside)
-        _store_keys(refs["dq"], streams, d_q)
-        d_read = q.astype(jnp.float32) * d_q
-        d_before, d_total = (d_read, None) if shifted else (None, d_read)
-    d_total = -k32 * d_k if d_total is None else d_total - k32 * d_k
-    if plan.erase:
-        d_k += decay.scaled(d_row, gates.eta)
-    _store_keys(refs["dk"], streams, d_k)
+    w, d_u = _rounded(plan, w, k), _rounded(plan, d_u, k)
     for i, s in enumerate(streams):
         refs["du"][s.row, :, s.head * plan.value_width : (s.head + 1) * plan.value_width] = d_u[i].astype(k.dtype)
 
-    # Gates: sums over the key width.
+    # The state: what the tile passes back, and the cotangents of what was multiplied with it.
+    rows = []  # of the system, and of the reads, with their cotangents
+    if plan.erase:
+        rows.append((k_start, d_u))
+    if plan.read:
+        rows.append((decay.scaled(q, at_read.since), dy))
+    kept_state = d_state if kept is None else kept * d_state
+    d_start = kept_state
+    d_rows: Any = None
+    if rows:
+        d_start += sum_of_products(rows, "ck,cv", outside)
+        d_rows = product(jnp.concatenate([d.astype(k.dtype) for _, d in rows], axis=1), start, "tv,kv", outside)
+    for i, s in enumerate(streams):
+        refs["d_start"][s.row, s.head] = d_start[i]
+
+    # Keys and queries. The same numbers serve rows and columns, so that their rounding cancels in the gates.
+    k32 = k.astype(jnp.float32)
+    d_k_end = decay.scaled(product(w, d_state, "cv,kv", outside), to_end)
+    near, pairs = [], []  # the cotangents [G, C, C] of the products with k; what they are multiplied with transposed
+    if plan.erase:
+        near.append(_rounded(plan, -before.ratio * product(d_u, w, "tv,iv", inside), k))
+        pairs.append((decay.scaled(near[0], gates.eta), k))
+    if plan.read:
+        near.append(_rounded(plan, at_read.ratio * product(dy, w, "tv,iv", inside), k))
+        pairs.append((near[-1], q))
+    d_k = d_k_end
+    d_near: Any = None
+    if pairs:
+        d_k += sum_of_products(pairs, "ti,tk", inside)
+        d_near = product(jnp.concatenate(near, axis=1), k, "ti,ik", inside)
+    sums = {"total": -k32 * d_k}
+    if plan.read:
+        d_q = d_near[:, -tile:] + decay.scaled(d_rows[:, -tile:], at_read.since)
+        _store_keys(refs["dq"], streams, d_q)
+        d_read = q.astype(jnp.float32) * d_q
+        sums |= {"before": d_read} if plan.read == "before" else {"total": d_read + sums["total"]}
+    if plan.erase:
+        d_row = d_near[:, :tile] - decay.scaled(d_rows[:, :tile], before.since)
+        sums["eta"] = k32 * d_row
+        d_k += decay.scaled(d_row, gates.eta)
+    _store_keys(refs["dk"], streams, d_k)
+
+    # Gates.
     at_end = jnp.sum(k32 * d_k_end, axis=1, keepdims=True).sum(axis=2, keepdims=True)
     at_end += jnp.sum(kept_state * start, axis=1, keepdims=True).sum(axis=2, keepdims=True)
-    is_last = jax.lax.broadcasted_iota(jnp.int32, (1, 1, tile), 2) == tile - 1
-    total = _row_sums(d_total, inside) + jnp.where(is_last, at_end, 0.0)
-    eta = jnp.zeros_like(total) if d_eta is None else _row_sums(d_eta, inside)
-    before = gates.eta_row * eta
-    if d_before is not None:
-        before += _row_sums(d_before, inside)
-    for position, row in enumerate((total, before, eta)):
+    _store_gates(plan, refs["d_gates"], gates, streams, sums, at_end)
+
+
+def _rounded(plan: Plan, x: jax.Array, like: jax.Array) -> jax.Array:
+    """Rounded once, where every product with x would round it."""
+    return x.astype(like.dtype) if plan.gradient_passes == 1 else x
+
+
+def _store_gates(plan: Plan, ref, gates: decay.Gates, streams: list[Stream], sums: dict, at_end: jax.Array) -> None:
+    """Store the gradients of the gates: `sums` over the key width, and what belongs to the last token."""
+    rows = dict(zip(sums, _row_sums(list(sums.values())), strict=True))
+    is_last = jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.tile), 2) == plan.tile - 1
+    zero = jnp.zeros_like(rows["total"])
+    eta = rows.get("eta", zero)
+    found = {
+        "total": rows["total"] + jnp.where(is_last, at_end, 0.0),
+        "before": gates.eta_row * eta + rows.get("before", zero),
+        "eta": eta,
+    }
+    for position, name in enumerate(layout.GATE_GRADIENTS):
         for i, s in enumerate(streams):
             at = position * plan.cell_heads + s.head
-            refs["d_gates"][s.row, 0, 0, at : at + 1, :] = row[i]
+            ref[s.row, 0, 0, at : at + 1, :] = found[name][i]
 
 
-def _row_sums(x_GCK: jax.Array, passes: int) -> jax.Array:
-    """[G, 1, C]: sums over the last axis as rows, by the matrix unit; the single pass is not enough for them."""
-    ones = jnp.ones((x_GCK.shape[0], 8, x_GCK.shape[-1]), jnp.bfloat16)
-    return product(ones, x_GCK, "ok,ck", max(passes, 3))[:, :1]
+def _row_sums(arrays_GCK: list[jax.Array]) -> list[jax.Array]:
+    """[G, 1, C] for each: sums over the last axis as rows. They are laid side by side and transposed together."""
+    many, tile, _ = arrays_GCK[0].shape
+    columns = [column for x in arrays_GCK for column in jnp.sum(x, axis=2, keepdims=True)]
+    width = -(-len(columns) // LANES) * LANES
+    lane = jax.lax.broadcasted_iota(jnp.int32, (tile, width), 1)
+    side_by_side = jnp.zeros((tile, width), jnp.float32)
+    for n, column in enumerate(columns):
+        side_by_side = jnp.where(lane == n, column, side_by_side)
+    rows = [side_by_side.T[n : n + 1] for n in range(len(columns))]
+    return [jnp.stack(rows[n : n + many]) for n in range(0, len(rows), many)]
 
 
 def _store_keys(ref, streams: list[Stream], values: jax.Array) -> None:

@@ -5,20 +5,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_kernels.delta_rule.pallas_tpu.layout import GATES
+from hope_kernels.delta_rule.pallas_tpu.layout import GATES, SUBLANES
 from hope_kernels.delta_rule.pallas_tpu.plan import Plan, Stream
 
 _NEVER = -1e30  # its exponential is zero
+
+
+class Decays(NamedTuple):
+    """What is left at token t, or just before it, of the tile's start state and of a write at token i."""
+
+    since: jax.Array | None  # [G, C, W]; None: all of it
+    ratio: jax.Array  # [G, C, C]; zero where the write is yet to come
 
 
 class Gates(NamedTuple):
     """The gates of a group of streams. Columns are spread over lanes, so that products with them cost nothing more."""
 
     total: jax.Array  # [G, C, W] log alpha summed up to and including token t
-    before: jax.Array  # [G, C, W] and up to t - 1
     eta: jax.Array  # [G, C, W]
     total_row: jax.Array  # [G, 1, C]
-    before_row: jax.Array  # [G, 1, C]
     eta_row: jax.Array  # [G, 1, C]
     alive: jax.Array | None  # [G, C, W] bool, the tile's start state reaches token t; None: always
     reaches_end: jax.Array | None  # [G, C, W] bool, token t is of the last document of the tile
@@ -55,10 +60,8 @@ def load_gates(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[S
         same = document == document_row
     return Gates(
         column("total"),
-        column("before"),
         column("eta"),
         row("total"),
-        row("before"),
         row("eta"),
         alive,
         reaches_end,
@@ -71,36 +74,44 @@ def load_columns(plan: Plan, refs: dict) -> list[jax.Array]:
     return [refs["gates"][row, 0, 0].T for row in range(plan.rows)]
 
 
-def ratios(plan: Plan, gates: Gates, strict: bool, shifted: bool) -> jax.Array:
-    """[G, C, C]: what is left at token t of a write at token i; zero where i > t, and where i = t if `strict`.
+def since_and_ratios(plan: Plan, shifted, gates: Gates, streams: list[Stream]) -> tuple[Decays, Decays]:
+    """Those at every token, and those just before it: of the row above, if that is of the same document.
 
-    `shifted`: the decay up to t - 1 instead of t.
+    Args:
+        shifted: memory of the kernel, `layout.shifted_shape`.
     """
-    return _ratios(plan, gates.before if shifted else gates.total, gates.total_row, gates.same, strict, 0)
+    now = Decays(_since_start(plan, gates), _ratios(plan, gates))
+    own = slice(streams[0].number, streams[0].number + len(streams))
+    since, ratio = now.since, _moved_down(shifted.at[0, own], now.ratio, 0.0)
+    if since is not None:
+        since = _moved_down(shifted.at[1, own], since, 1.0)
+    if gates.same is not None:
+        since, ratio = _where(gates.alive, since, gates.total), jnp.where(gates.same, ratio, 0.0)
+    return now, Decays(since, ratio)
 
 
-def ratios_transposed(plan: Plan, gates: Gates, strict: bool, shifted: bool) -> jax.Array:
-    """The transpose of `ratios`, made without transposing."""
-    return _ratios(plan, gates.total, gates.before_row if shifted else gates.total_row, gates.same, strict, 1)
-
-
-def _ratios(plan, column, row, same, strict, transposed):
+def _ratios(plan: Plan, gates: Gates) -> jax.Array:
     size = plan.tile
-    t = jax.lax.broadcasted_iota(jnp.int32, (size, size), transposed)
-    i = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1 - transposed)
-    keep = (t > i if strict else t >= i)[None]
-    if same is not None:
-        keep = keep & same
+    t = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    i = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    keep = (t >= i)[None]
+    if gates.same is not None:
+        keep = keep & gates.same
     if not plan.decay:
-        return jnp.broadcast_to(jnp.where(keep, 1.0, 0.0), (column.shape[0], size, size))
-    difference = row - column[:, :, :size] if transposed else column[:, :, :size] - row
-    return jnp.exp(jnp.where(keep, difference, _NEVER))
+        return jnp.broadcast_to(jnp.where(keep, 1.0, 0.0), (gates.total.shape[0], size, size))
+    return jnp.exp(jnp.where(keep, gates.total[:, :, :size] - gates.total_row, _NEVER))
 
 
-def since_start(plan: Plan, gates: Gates, shifted: bool) -> jax.Array | None:
-    """[G, C, W]: what is left of the tile's start state at token t, or at t - 1; None: all of it."""
-    decay = jnp.exp(gates.before if shifted else gates.total) if plan.decay else None
-    return _where(gates.alive, decay, gates.total)
+def _since_start(plan: Plan, gates: Gates) -> jax.Array | None:
+    return _where(gates.alive, jnp.exp(gates.total) if plan.decay else None, gates.total)
+
+
+def _moved_down(ref, x_GCW: jax.Array, first: float) -> jax.Array:
+    """Every row one lower, and `first` in the first one: stored, and loaded from one row above."""
+    _, tile, width = x_GCW.shape
+    ref[:, SUBLANES : SUBLANES + tile, :width] = x_GCW
+    ref[:, SUBLANES - 1 : SUBLANES, :width] = jnp.full_like(x_GCW[:, :1], first)
+    return ref[:, SUBLANES - 1 : SUBLANES - 1 + tile, :width]
 
 
 def until_end(plan: Plan, gates: Gates) -> jax.Array | None:

@@ -32,49 +32,44 @@ def run(plan: Plan, arrays: dict[str, jax.Array], keep: bool) -> dict[str, jax.A
 
 
 def _kernel(plan: Plan, inputs: tuple[str, ...], outputs: tuple[str, ...], *given) -> None:
-    refs = dict(zip((*inputs, *outputs, "state"), given, strict=True))
+    refs = dict(zip((*inputs, *outputs, "shifted"), given, strict=True))
     tile = pl.program_id(2)
 
     @pl.when(tile == 0)
     def _():
-        refs["state"][...] = refs["start"][...].reshape(refs["state"].shape)
+        refs["end"][...] = refs["start"][...]
 
     columns = decay.load_columns(plan, refs)
     for streams in plan.groups(plan.group):
         _group(plan, refs, columns, streams)
 
-    @pl.when(tile == plan.tiles - 1)
-    def _():
-        refs["end"][...] = refs["state"][...].reshape(refs["end"].shape)
-
 
 def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Stream]) -> None:
     """One tile of a group of streams, (S5.2) and (S5.3)."""
-    first, many, tile = streams[0].number, len(streams), plan.tile
+    tile = plan.tile
     gates = decay.load_gates(plan, refs, columns, streams)
     k = decay.load_heads(refs["k"], streams, plan.key_width, keys=True)
     q = decay.load_heads(refs["q"], streams, plan.key_width, keys=True) if plan.read else None
     w = decay.load_heads(refs["u"], streams, plan.value_width)
-    state = refs["state"][first : first + many]
+    state = jnp.stack([refs["end"][s.row, s.head] for s in streams])
     _keep(refs, "starts", streams, state)
 
-    shifted = plan.read == "before"
+    now, before = decay.since_and_ratios(plan, refs["shifted"], gates, streams)
+    at_read = before if plan.read == "before" else now
     asked = [] if q is None else [q]  # what the keys are multiplied with: themselves and the queries
-    reads = [] if q is None else [decay.scaled(q, decay.since_start(plan, gates, shifted)).astype(q.dtype)]
+    reads = [] if q is None else [decay.scaled(q, at_read.since).astype(q.dtype)]
     if plan.erase:
         asked.insert(0, k)
-        since = decay.since_start(plan, gates, shifted=True)
-        reads.insert(0, decay.scaled(k, gates.eta, since).astype(k.dtype))
+        reads.insert(0, decay.scaled(k, gates.eta, before.since).astype(k.dtype))
     products: Any = product(jnp.concatenate(asked, axis=1), k, "tk,ik", plan.passes) if asked else None
     recalled: Any = product(jnp.concatenate(reads, axis=1), state, "tk,kv", plan.passes) if reads else None
     if plan.erase:
-        ratio = decay.ratios(plan, gates, strict=True, shifted=True)
-        inverse = unit_lower_inverse(gates.eta[:, :, :tile] * ratio * products[:, :tile], plan.inverse_passes)
+        inverse = unit_lower_inverse(gates.eta[:, :, :tile] * before.ratio * products[:, :tile], plan.inverse_passes)
         _keep(refs, "inverse", streams, inverse)
         w = product(inverse, w - recalled[:, :tile], "ti,iv", max(plan.passes, plan.inverse_passes))
     w = w.astype(k.dtype)
     if q is not None:
-        scores = decay.ratios(plan, gates, strict=shifted, shifted=shifted) * products[:, -tile:]
+        scores = at_read.ratio * products[:, -tile:]
         y = recalled[:, -tile:] + product(scores, w, "ti,iv", plan.passes)
         for i, s in enumerate(streams):
             width = plan.value_width
@@ -82,7 +77,9 @@ def _group(plan: Plan, refs: dict, columns: list[jax.Array], streams: list[Strea
 
     written = product(decay.scaled(k, decay.until_end(plan, gates)).astype(k.dtype), w, "ck,cv", plan.passes)
     kept = decay.whole_tile(plan, gates)
-    refs["state"][first : first + many] = (state if kept is None else kept * state) + written
+    state = (state if kept is None else kept * state) + written
+    for i, s in enumerate(streams):
+        refs["end"][s.row, s.head] = state[i]
 
 
 def _keep(refs: dict, name: str, streams: list[Stream], values: jax.Array) -> None:

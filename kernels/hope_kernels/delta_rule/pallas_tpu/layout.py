@@ -5,6 +5,7 @@ transposed. A cell sees a tile of tokens and a stretch of heads. The gates are s
 and a cell; what has to stand in columns is transposed in the kernel.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,7 +18,9 @@ from hope_kernels.delta_rule.pallas_tpu.plan import LANES, Plan
 
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB of the smallest chips
 TEMPORARIES = 6  # float32 arrays of each width that a group of the backward kernel keeps at a time
-GATES = ("total", "before", "eta")  # log alpha summed up to and including t, up to t - 1; erase coefficient
+SUBLANES = 8
+GATES = ("total", "eta")  # log alpha summed up to and including t; erase coefficient
+GATE_GRADIENTS = ("total", "before", "eta")  # "before": of log alpha summed up to t - 1
 
 
 def tile_specs(plan: Plan, backwards: bool) -> dict[str, pl.BlockSpec]:
@@ -39,7 +42,8 @@ def tile_specs(plan: Plan, backwards: bool) -> dict[str, pl.BlockSpec]:
     values = pl.BlockSpec((p.rows, p.tile, p.cell_heads * p.value_width), lambda b, h, n: (b, tile(n), h))
     state = pl.BlockSpec((p.rows, p.cell_heads, p.key_width, p.value_width), lambda b, h, n: (b, h, 0, 0))
 
-    gates = pl.BlockSpec((p.rows, 1, 1, gate_rows(p), p.tile), lambda b, h, n: (b, tile(n), h, 0, 0))
+    def gates(names):
+        return pl.BlockSpec((p.rows, 1, 1, gate_rows(p, names), p.tile), lambda b, h, n: (b, tile(n), h, 0, 0))
 
     def per_tile(*shape):
         return pl.BlockSpec((p.rows, 1, p.cell_heads, *shape), lambda b, h, n: (b, tile(n), h, 0, 0))
@@ -49,7 +53,7 @@ def tile_specs(plan: Plan, backwards: bool) -> dict[str, pl.BlockSpec]:
         "k": keys,
         "u": values,
         "y": values,
-        "gates": gates,
+        "gates": gates(GATES),
         "documents": pl.BlockSpec((p.rows, 1, 1, p.tile), lambda b, h, n: (b, tile(n), 0, 0)),
         "start": state,
         "end": state,
@@ -59,7 +63,7 @@ def tile_specs(plan: Plan, backwards: bool) -> dict[str, pl.BlockSpec]:
         "dk": key_gradient,
         "dy": values,
         "du": values,
-        "d_gates": gates,
+        "d_gates": gates(GATE_GRADIENTS),
         "d_start": state,
         "d_end": state,
     }
@@ -72,13 +76,13 @@ def shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     values = (p.batch, p.tokens, p.heads * p.value_width)
     key_gradient = (p.batch, p.tokens, p.cells * p.cell_key_heads * p.key_width)
     state = (p.batch, p.heads, p.key_width, p.value_width)
-    gates = (p.batch, p.tiles, p.cells, gate_rows(p), p.tile)
+    gates = (p.batch, p.tiles, p.cells)
     return {
         "q": keys,
         "k": keys,
         "u": values,
         "y": values,
-        "gates": gates,
+        "gates": (*gates, gate_rows(p, GATES), p.tile),
         "documents": (p.batch, p.tiles, 1, p.tile),
         "start": state,
         "end": state,
@@ -88,15 +92,20 @@ def shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
         "dk": key_gradient,
         "dy": values,
         "du": values,
-        "d_gates": gates,
+        "d_gates": (*gates, gate_rows(p, GATE_GRADIENTS), p.tile),
         "d_start": state,
         "d_end": state,
     }
 
 
-def gate_rows(plan: Plan) -> int:
-    """Rows of a cell's gates: those of `GATES` one after the other, a row per head, filled up to whole registers."""
-    return -(-len(GATES) * plan.cell_heads // 8) * 8
+def gate_rows(plan: Plan, names: tuple[str, ...]) -> int:
+    """Rows of a cell's gates: one name after the other, a row per head, filled up to whole registers."""
+    return -(-len(names) * plan.cell_heads // SUBLANES) * SUBLANES
+
+
+def shifted_shape(plan: Plan) -> tuple[int, ...]:
+    """Room for the decays of every stream, [2, streams, 8 + C, W], so that they can be loaded from a row above."""
+    return 2, plan.streams, SUBLANES + plan.tile, max(plan.tile, plan.key_width)
 
 
 def pack_gates(plan: Plan, log_alpha_BTH: jax.Array | None, eta_BTH: jax.Array | None) -> jax.Array:
@@ -104,26 +113,24 @@ def pack_gates(plan: Plan, log_alpha_BTH: jax.Array | None, eta_BTH: jax.Array |
     p = plan
     shape = (p.batch, p.tiles, p.tile, p.cells, p.cell_heads)
     zero = jnp.zeros(shape, jnp.float32)
-    total = before = eta = zero
+    total = eta = zero
     if log_alpha_BTH is not None:
-        log_alpha = log_alpha_BTH.reshape(shape)
-        total = jnp.cumsum(log_alpha, axis=2)
-        before = total - log_alpha
+        total = jnp.cumsum(log_alpha_BTH.reshape(shape), axis=2)
     if eta_BTH is not None:
         eta = eta_BTH.reshape(shape)
-    packed = jnp.stack([total, before, eta], axis=4).reshape(*shape[:4], -1)
-    missing = gate_rows(p) - packed.shape[-1]
+    packed = jnp.stack([total, eta], axis=4).reshape(*shape[:4], -1)
+    missing = gate_rows(p, GATES) - packed.shape[-1]
     packed = jnp.pad(packed, [(0, 0)] * 4 + [(0, missing)])
     return packed.transpose(0, 1, 3, 4, 2)
 
 
 def unpack_gate_gradients(plan: Plan, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of log alpha and eta [B, T, H] from those of `pack_gates`' rows."""
+    """The gradients of log alpha and eta [B, T, H] from rows of `GATE_GRADIENTS`."""
     p = plan
-    rows = gradient.transpose(0, 1, 4, 2, 3)[..., : len(GATES) * p.cell_heads]
-    rows = rows.reshape(p.batch, p.tiles, p.tile, p.cells, len(GATES), p.cell_heads)
-    total, before, eta = (rows[..., i, :] for i in range(len(GATES)))
-    # log alpha of token s is a part of `total` of t >= s and of `before` of t > s.
+    rows = gradient.transpose(0, 1, 4, 2, 3)[..., : len(GATE_GRADIENTS) * p.cell_heads]
+    rows = rows.reshape(p.batch, p.tiles, p.tile, p.cells, len(GATE_GRADIENTS), p.cell_heads)
+    total, before, eta = (rows[..., i, :] for i in range(len(GATE_GRADIENTS)))
+    # log alpha of token s is a part of the sums up to t >= s, and up to t - 1 of t > s.
     d_log_alpha = jnp.cumsum((total + before)[:, :, ::-1], axis=2)[:, :, ::-1] - before
     shape = (p.batch, p.tokens, p.heads)
     return d_log_alpha.reshape(shape), eta.reshape(shape)
@@ -144,7 +151,8 @@ def launch(
 ) -> dict[str, jax.Array]:
     """`kernel(plan, names of the arrays, names of the results, *references)` over the grid; the results by name.
 
-    The last reference is what stays in VMEM from tile to tile: a matrix [K, V] in float32 for each stream.
+    The last reference is memory for `decay.since_and_ratios`. The states of a cell stay in VMEM from tile to tile:
+    they are the result that leaves with the last one.
     """
     specs, whole = tile_specs(plan, backwards), shapes(plan)
     found = pl.pallas_call(
@@ -153,7 +161,7 @@ def launch(
         in_specs=[specs[array] for array in arrays],
         out_specs=[specs[result] for result in results],
         out_shape=[out_shape(whole[result], dtype, arrays["k"]) for result, dtype in results.items()],
-        scratch_shapes=[pltpu.VMEM((plan.streams, plan.key_width, plan.value_width), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM(shifted_shape(plan), jnp.float32)],
         compiler_params=compiler_params(),
         interpret=plan.interpret or False,
         name=name,
@@ -176,16 +184,17 @@ def compiler_params() -> pltpu.CompilerParams:
 
 
 def vmem_bytes(plan: Plan, dtype: jnp.dtype) -> int:
-    """What a cell of the backward kernel takes: two buffers for each part of an array, the states, and temporaries."""
+    """What a cell of the backward kernel takes: two buffers for each part of an array, and temporaries."""
     p, item = plan, jnp.dtype(dtype).itemsize
     keys = p.rows * p.tile * p.cell_key_heads * p.key_width * item
     values = p.rows * p.tile * p.cell_heads * p.value_width * item
     states = p.streams * p.key_width * p.value_width * 4
     inverse = p.streams * p.tile * max(p.tile, LANES) * 4
-    gates = p.rows * gate_rows(p) * max(p.tile, LANES) * 4
+    gates = p.rows * (gate_rows(p, GATES) + gate_rows(p, GATE_GRADIENTS)) * max(p.tile, LANES) * 4
+    shifted = math.prod(shifted_shape(p)) * 4
     wide = max(p.tile, LANES) + max(p.key_width, LANES) + max(p.value_width, LANES)
     temporaries = max(p.group, p.gradient_group) * p.tile * wide * 4 * TEMPORARIES
-    return 2 * (4 * keys + 3 * values + 3 * states + inverse + 2 * gates) + states + temporaries
+    return 2 * (4 * keys + 3 * values + 3 * states + inverse + gates) + shifted + temporaries
 
 
 def is_lane_aligned(width: int, whole: int) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from hope_kernels.delta_rule.config import TPUSizes
+
 LANES = 128
 
 
@@ -23,7 +25,7 @@ class Plan:
     heads: int
     key_width: int
     value_width: int
-    tile: int  # tokens per tile
+    sizes: TPUSizes  # what the chip's table and the caller ask for
     rows: int  # batch entries per cell
     cell_heads: int  # value heads per cell
     group: int  # streams computed together, forwards
@@ -36,6 +38,11 @@ class Plan:
     passes: int  # of every other product of the forward pass, and of those with the state
     gradient_passes: int  # of the products inside a tile in the backward pass
     interpret: Any
+
+    @property
+    def tile(self) -> int:
+        """Tokens per tile."""
+        return self.sizes.block_t
 
     @property
     def tiles(self) -> int:

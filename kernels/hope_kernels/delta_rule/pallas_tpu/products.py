@@ -1,7 +1,5 @@
 """Matrix products of many heads at once, in as many bfloat16 passes as the numbers need."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -17,21 +15,35 @@ def product(a: jax.Array, b: jax.Array, contract: str, passes: int) -> jax.Array
         passes: 1 rounds both to bfloat16; 3 keeps two bfloat16 parts of each and drops the product of the low parts (an
             operand that is bfloat16 has no low part, and is not split); 6 is full float32.
     """
+    return sum_of_products([(a, b)], contract, passes)
+
+
+def sum_of_products(pairs: list[tuple[jax.Array, jax.Array]], contract: str, passes: int) -> jax.Array:
+    """The sum of `product` over pairs. Pairs and parts stand behind one another along the shared letter: the matrix
+    unit adds them up."""
     left, right = contract.split(",")
     (shared,) = set(left) & set(right)
-    dims = (((1 + left.index(shared),), (1 + right.index(shared),)), _BATCHED)
-    dot = partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32)
+    axes = 1 + left.index(shared), 1 + right.index(shared)
     if passes == 6:
-        return dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    if passes == 1:
-        return dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+        parts = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
+    elif passes == 1:
+        parts = [(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)) for a, b in pairs]
+    else:
+        parts = [part for a, b in pairs for part in _parts(a, b)]
+    together = [jnp.concatenate(side, axis) for side, axis in zip(zip(*parts, strict=True), axes, strict=True)]
+    return jax.lax.dot_general(
+        *together,
+        dimension_numbers=(((axes[0],), (axes[1],)), _BATCHED),
+        precision=jax.lax.Precision.HIGHEST if passes == 6 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _parts(a: jax.Array, b: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """What is multiplied in three passes, or in two or one where an operand is bfloat16."""
     (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
-    total = dot(a_high, b_high)
-    if a_low is not None:
-        total += dot(a_low, b_high)
-    if b_low is not None:
-        total += dot(a_high, b_low)
-    return total
+    parts = [(a_high, b_high), (a_low, b_high), (a_high, b_low)]
+    return [(x, y) for x, y in parts if x is not None and y is not None]
 
 
 def _split(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hope_kernels.delta_rule.pallas_tpu import backward_kernel, forward_kernel, layout
+from hope_kernels.delta_rule.batching import in_batch
+from hope_kernels.delta_rule.pallas_tpu import backward_kernel, choose, forward_kernel, layout
 from hope_kernels.delta_rule.pallas_tpu.plan import Plan
 from hope_kernels.delta_rule.types import Inputs
 
@@ -16,21 +17,34 @@ type Result = tuple[jax.Array | None, jax.Array]  # y [B, T, H V], end [B, H, K,
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def delta_rule(plan: Plan, inputs: Inputs, start_BHKV: jax.Array) -> Result:
     """Reads and final state. `inputs` with the heads side by side, [B, T, H K], and T a multiple of the tile."""
-    out = forward_kernel.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=False)
-    return out.get("y"), out["end"]
+    return in_batch(partial(_run, plan, False))(inputs, start_BHKV)[:2]
 
 
 def _forward(plan: Plan, inputs: Inputs, start_BHKV: jax.Array):
-    out = forward_kernel.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep=True)
-    kept = {"starts": checkpoint_name(out["starts"], "delta_rule_states")}
-    if plan.erase:
-        kept["inverse"] = checkpoint_name(out["inverse"], "delta_rule_inverse")
-    return (out.get("y"), out["end"]), (inputs, kept)
+    y, end, kept = in_batch(partial(_run, plan, True))(inputs, start_BHKV)
+    names = {"starts": "delta_rule_states", "inverse": "delta_rule_inverse"}
+    kept = {name: checkpoint_name(x, names[name]) for name, x in kept.items()}
+    return (y, end), (inputs, kept)
 
 
 def _backward(plan: Plan, saved: tuple[Inputs, dict[str, jax.Array]], cotangents: Result):
+    return in_batch(partial(_run_back, plan))(saved, cotangents)
+
+
+delta_rule.defvjp(_forward, _backward)
+
+
+def _run(plan: Plan, keep: bool, inputs: Inputs, start_BHKV: jax.Array):
+    """Reads, final state, and with `keep` what the gradient needs besides the inputs."""
+    plan = choose.for_batch(plan, start_BHKV.shape[0], inputs.k.dtype)
+    out = forward_kernel.run(plan, {**_arrays(plan, inputs), "start": start_BHKV}, keep)
+    return out.get("y"), out["end"], {name: out[name] for name in ("starts", "inverse") if name in out}
+
+
+def _run_back(plan: Plan, saved: tuple[Inputs, dict[str, jax.Array]], cotangents: Result) -> tuple[Inputs, jax.Array]:
     inputs, kept = saved
     dy, d_end = cotangents
+    plan = choose.for_batch(plan, d_end.shape[0], inputs.k.dtype)
     arrays = {**_arrays(plan, inputs), **kept}
     if dy is not None:
         arrays["dy"] = dy
@@ -47,9 +61,6 @@ def _backward(plan: Plan, saved: tuple[Inputs, dict[str, jax.Array]], cotangents
         reset=None if inputs.reset is None else jnp.zeros_like(inputs.reset),
     )
     return d_inputs, out["d_start"]
-
-
-delta_rule.defvjp(_forward, _backward)
 
 
 def _arrays(plan: Plan, inputs: Inputs) -> dict[str, jax.Array]:
