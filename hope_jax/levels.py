@@ -168,7 +168,7 @@ def add_gates(lev: Level, state: LevelState, write: Write) -> LevelState:
     length = next(iter(write.gates.values())).shape[-1]
 
     def total(name: str, so_far: jax.Array) -> jax.Array:
-        token = gate(write.gates, name, (*so_far.shape, length))
+        token: Any = gate(write.gates, name, (*so_far.shape, length))
         if write.mask is not None:
             token = jnp.where(jnp.broadcast_to(write.mask, token.shape), token, 0)
         return (so_far + token.sum(-1)).astype(so_far.dtype)

@@ -61,7 +61,7 @@ def _whole(state: LevelState, xs: Tokens) -> tuple[LevelState, jax.Array | None]
         return (eta[..., None] * pull).astype(key.dtype)
 
     transposed = Recurrence(value, step(key), eta, log_alpha, None)
-    kept = run(transposed, start.mT, None, value, "before", write.mask).y  # S_{t-1} v_t
+    kept: Any = run(transposed, start.mT, None, value, "before", write.mask).y  # S_{t-1} v_t
     written = Recurrence(step(key - kept), value, None, log_alpha, None)
     out = run(written, start, None, write.query, "after", write.mask)
     end = {"w": out.state.astype(start.dtype)}

@@ -64,7 +64,8 @@ def omega(memory: Memory, widths: tuple[int, int], chunk_size: int, window: int)
         log_alpha = gates.get("log_alpha", jnp.zeros_like(gates["eta"]))
         total = jnp.cumsum(log_alpha, axis=-1)
         retained = jnp.exp(total[..., -1:] - total)  # what the end of the chunk retains of each token's write
-        # The whole decay stands before the first write: what follows a write is in its strength already.
+        # The whole decay (at least e^-30, the kernel's floor) stands before the first write: what follows a write is in
+        # its strength already.
         rest = jnp.zeros((*total.shape[:-1], total.shape[-1] + window - 2), total.dtype)
         return gates["eta"], retained, {"log_alpha": jnp.concatenate([total[..., -1:], rest], axis=-1)}
 
@@ -106,7 +107,11 @@ def atlas(memory: Memory, widths: tuple[int, int], chunk_size: int, window: int,
         once = jnp.ones_like(gates["eta"])
         return once, once, gates
 
-    muon = optax.stateless_with_tree_map(lambda g, p: newton_schulz(g, steps))
+    def orthogonal(gradient: Any, param: Any) -> Any:
+        del param
+        return newton_schulz(gradient, steps)
+
+    muon = optax.stateless_with_tree_map(orthogonal)
     names = ("eta", "log_alpha", "log_mu")
     lev = level(memory, optax.chain(heavy_ball(), muon, _descent(), retention()), chunk_size, gates=names)
     return _windowed(lev, memory, widths, window, names, plan)
@@ -115,9 +120,9 @@ def atlas(memory: Memory, widths: tuple[int, int], chunk_size: int, window: int,
 def _descent() -> optax.GradientTransformationExtraArgs:
     """-eta times the update, with the gate eta."""
 
-    def update(updates: Any, state: Any, params: Params = None, *, eta: jax.Array, **gates: Any):
-        del params, gates
-        return jax.tree.map(lambda u: (-eta * u).astype(u.dtype), updates), state
+    def update(updates: Any, state: Any, params: Params = None, **gates: Any):
+        del params
+        return jax.tree.map(lambda u: (-gates["eta"] * u).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -153,8 +158,8 @@ def _windowed(
         state = inner.init(params_by_level, carry)
         leaf = jax.tree.leaves(state.levels[0].start)[0]
         shape = (*leaf.shape[:-2], window - 1)
-        nothing = Seen(*(jnp.zeros((*shape, n), leaf.dtype) for n in widths), jnp.zeros(shape, leaf.dtype))
-        return state._replace(carry=nothing) if carry is None else state
+        key, value = (jnp.zeros((*shape, n), leaf.dtype) for n in widths)
+        return state._replace(carry=Seen(key, value, jnp.zeros(shape, leaf.dtype))) if carry is None else state
 
     return inner._replace(init=init)
 

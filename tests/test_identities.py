@@ -238,8 +238,11 @@ def one(memory, rule, chunk_size, objective, read: Literal["start", "before", "a
 
 def in_loop(n):
     """A nest on Comba's tokens."""
-    b, d = np.array(FEEDBACK), np.array(CORRECTION)
-    return n._replace(apply=lambda state, xs: n.apply(state, closed_loop(xs, b, d)))
+
+    def apply(state, xs):
+        return n.apply(state, closed_loop(xs, jnp.array(FEEDBACK), jnp.array(CORRECTION)))
+
+    return n._replace(apply=apply)
 
 
 CONSTANT_TITANS = optax.chain(optax.sgd(ETA), heavy_ball(MU), retention(ALPHA))

@@ -574,8 +574,8 @@ def test_a_global_level_steps_by_the_gates_of_its_chunk(x64, rng):
     eta, alpha = rng.uniform(0.1, 0.9, (2, T, H))
     keep = np.arange(T) != 1
 
-    def descend(updates, state, params, *, eta, **gates):
-        return jax.tree.map(lambda g: -eta * g, updates), state
+    def descend(updates, state, params=None, **gates):
+        return jax.tree.map(lambda g: -gates["eta"] * g, updates), state
 
     descent = optax.GradientTransformationExtraArgs(optax.init_empty_state, descend)
 

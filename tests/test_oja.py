@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from hope_jax import Tokens, dgd, level, linear_memory, nest, oja
@@ -40,7 +39,7 @@ def test_without_a_query_only_the_state_moves(x64, rng):
     n, key, value = oja(K, V), rng.normal(size=(T, K)), rng.normal(size=(T, V))
     start = ({"w": rng.normal(size=(K, V))},)
     apply = compiled(lambda p, xs: n.apply(n.init(p), xs))
-    xs = Tokens(key, value, key, eta=np.full(T, 0.2))
+    xs = Tokens(key, value, key, eta=jnp.full(T, 0.2))
     state, y = apply(start, xs._replace(query=None))
     assert y is None
     assert_close(state, apply(start, xs)[0])

@@ -1,5 +1,7 @@
 """The window of `omega` and `atlas`: across calls, heads, masks, and in every gradient."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ NESTS = {
 }
 
 
-def tokens(rng, heads=(H,)):
+def tokens(rng, heads=(H,)) -> Any:
     key, query = rng.normal(size=(2, T, *heads, K))
     gates = rng.uniform(0.2, 0.9, (3, T, *heads))
     return Tokens(key, rng.normal(size=(T, *heads, V)), query, *gates, mask=KEEP)
