@@ -9,7 +9,11 @@ string per length are tested on all of them, the others on `test_strings` fixed 
 Bhattamishra et al. 2020 (arXiv:2009.11264) and Irie et al. 2023 (arXiv:2310.16076), whose loss is squared error.
 
 Chunks matter: a memory that reads the weights of its chunk's start sees no write of its own chunk, so state has to
-come from chunk 1, from `--overrides read=before`, or from another layer.
+come from chunk 1, from `--overrides read=before`, or from another layer. Delta rules know no sign flips unless
+`--overrides erase_max=2`.
+
+Cost of 1,000 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 0.4 (transformer) to 0.9
+(srwm), 9 (hope, chunk 1). a^n b^n: transformer 100 / 100 after 300 steps.
 """
 
 import dataclasses

@@ -4,15 +4,19 @@
 
 A difficulty changes one thing of a task's baseline: vocabulary, length, number of training examples, tokens to copy.
 A task's score is the mean over its difficulties, for each the best of the learning rates and weight decays tried.
-`--difficulties` takes "baseline" (5 settings), "small" (18: the baselines and the next harder of each kind), "full"
-(the benchmark's 52), a task with all of its settings, or one setting such as `compression:vocab=32`. The benchmark's
-own protocol is
+`--difficulties` takes "baseline" (5 settings), "small" (15: the baselines and the next harder of each kind but
+length), "full" (the benchmark's 52), a task with all of its settings, or one setting such as `compression:vocab=32`.
+The benchmark's own protocol is
 
     python -m experiments.mad --difficulties full --epochs 200 --batch-size 128 --dim 128
         --learning-rates 1e-4 5e-4 1e-3 --weight-decays 0 0.1
 
 "score" is the benchmark's: accuracy averaged over classes, in which a class that is predicted but never right counts
 as zero; "accuracy" is over positions. Benchmark: Poli et al. 2024, arXiv:2403.17844.
+
+Cost of 1,000 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 4 (transformer), 6
+(delta_net), 13 (hope) where sequences have 128 tokens, in proportion elsewhere. In-context recall at length 32:
+delta_net 91% after 300 steps at learning rate 1e-2; the transformer, which has no short convolution, 35% after 600.
 """
 
 import dataclasses
@@ -62,24 +66,27 @@ def expand(name: str) -> list[str]:
     """A subset, a task or a setting -> names of settings, "task:baseline" or "task:kind=value".
 
     >>> len(expand("baseline")), len(expand("small")), len(expand("full")), len(expand("memorisation"))
-    (5, 18, 52, 6)
+    (5, 15, 52, 6)
 
     Raises:
       UserError: there is no such task or kind, or the value is not a number.
     """
     if name in ("baseline", "small", "full"):
-        kept = {"baseline": 0, "small": 1, "full": None}[name]
-        return [setting for task in TASKS for setting in _settings(task, kept)]
+        return [setting for task in TASKS for setting in _settings(task, name)]
     if name in TASKS:
-        return _settings(name, None)
+        return _settings(name, "full")
     difficulty(name)  # refuses what does not exist
     return [name]
 
 
-def _settings(task: str, kept: int | None) -> list[str]:
-    """The baseline of a task and the first `kept` changes of each kind."""
-    changes = TASKS[task][1]
-    return [f"{task}:{BASELINE}", *(f"{task}:{kind}={n}" for kind in changes for n in changes[kind][:kept])]
+def _settings(task: str, subset: str) -> list[str]:
+    """Those of one task, the baseline first."""
+    changes = {
+        "baseline": {},
+        "small": {kind: values[:1] for kind, values in TASKS[task][1].items() if kind != "length"},
+        "full": TASKS[task][1],
+    }[subset]
+    return [f"{task}:{BASELINE}", *(f"{task}:{kind}={n}" for kind in changes for n in changes[kind])]
 
 
 def difficulty(setting: str) -> Difficulty:
@@ -94,7 +101,7 @@ def difficulty(setting: str) -> Difficulty:
     base = TASKS[task][0]
     kinds = [field.name for field in dataclasses.fields(base)]
     changes = {}
-    for part in change.split(",") if change not in ("", BASELINE) else []:
+    for part in change.split(",") if change != BASELINE else []:
         kind, _, value = part.partition("=")
         if kind not in kinds or not value.isdecimal():
             raise UserError(f"{setting!r} is not a setting; write task:kind=number, kinds: {', '.join(kinds)}")
@@ -116,7 +123,6 @@ class MadOptions(Options):
     models: tuple[str, ...] = available("transformer", "rwkv7", "comba", "titans", "hope")
     chunks: tuple[int, ...] = (16,)
     learning_rates: tuple[float, ...] = (1e-3,)
-    batch_size: int = 64
     eval_every: int = 250
     epochs: int | None = None
     test_examples: int = 1280
@@ -210,7 +216,9 @@ def prepare(cell: MadOptions) -> Job:
     steps = cell.steps if cell.epochs is None else -(-cell.epochs * level.examples // cell.batch_size)
     trained = dataclasses.replace(cell, steps=steps)
     batches = epochs(pool, rng, cell.batch_size)
-    return Job(task, change or BASELINE, config, model, batches, cross_entropy, evaluate, trained)
+    # A setting of one's own is no part of the benchmark's mean.
+    column = task if setting in expand(task) else f"{task}, {change}"
+    return Job(column, change, config, model, batches, cross_entropy, evaluate, trained)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ that position its value must be predicted; gaps follow a power law with exponent
 are the filler 0. Accuracy is over the query positions of 1,000 fixed sequences. The report draws accuracy against the
 bytes of recurrent state of one sequence, one curve per model over its widths. Task as in zoology (Arora et al. 2023,
 arXiv:2312.04927), there with 8,192 tokens and up to 512 positions: `--vocab 8192 --length 512 --pairs 64`.
+
+Cost of 1,000 steps at the defaults and width 64, compilation apart, in minutes of one core (AMD EPYC): 4 (transformer),
+6 (delta_net), 13 (hope). With 3 pairs, 24 tokens and width 32 delta_net reaches 99% within 300 steps.
 """
 
 import dataclasses

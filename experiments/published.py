@@ -70,8 +70,8 @@ TABLES = {
             },
         ),
         source=f"{PAPER}, Table 4; number of settings from arXiv:2403.17844",
-        note="A number is the mean over the settings that have records, [n of m] says how many; it stands beside the "
-        "published one only when all are there. Model sizes of the published rows are not given.",
+        note="A number is the mean over the settings that have records, [n of m] says how many; compare it with the "
+        "published one when all are there. Model sizes of the published rows are not given.",
     ),
     "mqar": Table(
         title="Multi-query associative recall: accuracy at queries, percent",

@@ -1,5 +1,6 @@
 """MAD's generators against a reader that replays each sequence with a dictionary."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import mad_tasks
-from experiments.mad import TASKS, MadOptions, class_counts, difficulty, epochs, examples, expand, scores
+from experiments.mad import TASKS, TINY, MadOptions, class_counts, difficulty, epochs, examples, expand, prepare, scores
+from experiments.options import cells
 from experiments.training import Batch
 from hope_jax.training.errors import UserError
 
@@ -17,7 +19,7 @@ SEED = itertools.count()
 
 def draw(task, count=40, training=False, **changes):
     setting = ",".join(f"{kind}={value}" for kind, value in changes.items())
-    return examples(task, difficulty(f"{task}:{setting}"), RNG(next(SEED)), count, training=training)
+    return examples(task, difficulty(f"{task}:{setting or 'baseline'}"), RNG(next(SEED)), count, training=training)
 
 
 def test_compression_asks_for_what_it_shows():
@@ -139,7 +141,17 @@ def test_the_benchmark_has_its_published_settings():
     assert MadOptions(difficulties=("compression", "baseline")).difficulties[:11] == tuple(expand("compression"))
 
 
-@pytest.mark.parametrize("setting", ["copying", "compression:width=3", "compression:vocab=few"])
+@pytest.mark.parametrize("setting", ["copying", "compression:", "compression:width=3", "compression:vocab=few"])
 def test_unknown_settings_are_refused(setting):
     with pytest.raises(UserError, match=r"unknown task|is not a setting"):
         MadOptions(difficulties=(setting,))
+
+
+def test_a_setting_of_ones_own_has_a_column_of_its_own():
+    """So that it never enters the mean that stands beside the published number."""
+    tiny = dataclasses.replace(TINY, difficulties=("compression:vocab=32", "compression:length=8"))
+    ours = [prepare(cell) for cell in cells(tiny)]
+    assert [(job.column, job.setting) for job in ours] == [
+        ("compression", "vocab=32"),
+        ("compression, length=8", "length=8"),
+    ]
