@@ -1,6 +1,6 @@
 """RWKV-7's time mixing: a matrix memory with a decay per key channel and an erasure of its own direction."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
         kappa = _unit(split(scaled(key, "removal")))
         key = key * (1 + scaled(rate - 1, "replacement"))
         read, key, value, rate, log_alpha = map(split, (read, key, value, rate, log_alpha))
-        out = dplr_delta_rule(
+        out: Any = dplr_delta_rule(
             *(x[None] for x in (read, key, value, rate * kappa, kappa, log_alpha)),
             initial_state=state.memory[None],
             mask=None if mask_T is None else jnp.broadcast_to(mask_T[None, :, None], (1, *read.shape[:2])),

@@ -72,7 +72,8 @@ class WindowAttention(nnx.Module):
         )
         y_BTHK = self._attend(q_BTHK, plain_BTHK, seen)
         y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(r_BTD.shape), 0)
-        last = WindowState(*(leaf[:, -self.window :] for leaf in seen[:3]), seen.position_B)
+        key, value, valid = (leaf[:, -self.window :] for leaf in seen[:3])
+        last = WindowState(key, value, valid, seen.position_B)
         return last, matmul(y_BTD, self.wo)
 
     def _heads(self, x_BTD: jax.Array) -> jax.Array:
