@@ -9,6 +9,7 @@ import pytest
 
 from hope_jax.models import ARCHITECTURES, ModelConfig, build, build_lm, count_parameters, match_parameters
 from tests.models.cases import CASES, distinct_tokens
+from tests.oracles import compiled
 
 LENGTH = 9  # over two chunks of four, and one token
 
@@ -28,7 +29,7 @@ def test_a_stream_of_tokens_is_the_parallel_pass(name):
         _, stream = jax.lax.scan(one, fresh, tokens.T)
         return lm.apply(params, fresh, tokens, phase=0)[1], jnp.moveaxis(stream[:, :, 0], 0, 1)
 
-    whole, stream = jax.jit(both)(jax.random.key(0))
+    whole, stream = compiled(both)(jax.random.key(0))
     assert 0.3 < float(jnp.std(whole)) < 3
     np.testing.assert_allclose(stream, whole, rtol=0, atol=1e-5)
 
