@@ -29,6 +29,8 @@ from experiments.languages import LANGUAGES, Language
 from experiments.options import TINY_RESULTS, Options, available, model_config
 from experiments.running import Job, main
 from experiments.training import Batch, Scores, language_model
+from hope_jax.training.errors import UserError
+from hope_jax.training.overrides import unknown
 
 BINS = {"bin0": (2, 50), "bin1": (51, 100)}
 TEST_SEED = 1_000_003  # apart from the seeds of training
@@ -53,6 +55,13 @@ class LanguageOptions(Options):
     test_strings: int = 500
 
     GRID: ClassVar[tuple[str, ...]] = ("languages", *Options.GRID)
+    COUNTS: ClassVar[tuple[str, ...]] = ("test_strings", *Options.COUNTS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.languages:
+            if name not in LANGUAGES:
+                raise UserError(unknown("language", name, list(LANGUAGES)))
 
 
 TINY = LanguageOptions(

@@ -116,7 +116,7 @@ class MadOptions(Options):
     Attributes:
       difficulties: subsets, tasks or single settings.
       epochs: passes over the training examples, in the place of `steps`; none = `steps` decides.
-      test_examples: fixed examples that are scored.
+      test_examples: fixed examples that are scored, in batches of 128 (a last one is filled).
     """
 
     difficulties: tuple[str, ...] = ("small",)
@@ -128,11 +128,17 @@ class MadOptions(Options):
     test_examples: int = 1280
 
     GRID: ClassVar[tuple[str, ...]] = ("difficulties", *Options.GRID)
+    COUNTS: ClassVar[tuple[str, ...]] = ("test_examples", *Options.COUNTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settings = [setting for name in self.difficulties for setting in expand(name)]
         object.__setattr__(self, "difficulties", tuple(dict.fromkeys(settings)))
+        for setting in self.difficulties:
+            level = difficulty(setting)
+            shortest = mad_tasks.shortest(setting.partition(":")[0], level.copies)
+            if level.length < shortest:
+                raise UserError(f"{setting} needs length={shortest} or more; got {level.length}")
 
 
 TINY = MadOptions(
@@ -205,7 +211,7 @@ def prepare(cell: MadOptions) -> Job:
     pool = examples(task, level, rng, level.examples, training=True)
     rows = min(cell.test_examples, 128)
     held_out = np.random.default_rng(TEST_SEED)
-    tests = [examples(task, level, held_out, rows, training=False) for _ in range(cell.test_examples // rows)]
+    tests = [examples(task, level, held_out, rows, training=False) for _ in range(-(-cell.test_examples // rows))]
     config = model_config(cell, vocab_size=level.vocab, length=level.length)
     model = autoencoder(config, level.length) if task == "compression" else language_model(config)
     measure = jax.jit(lambda params, batch: class_counts(model.apply(params, batch.tokens), batch))

@@ -92,6 +92,11 @@ def _replay(
     return np.array([pad] * missing + tokens), np.array([False] * missing + scored)
 
 
+def shortest(task: str, copies: int) -> int:
+    """Tokens of the shortest sequence in which the task can be posed."""
+    return {"selective_copying": 2 * copies + 1, "fuzzy_recall": 4 * MOTIF, "compression": 1}.get(task, 4)
+
+
 def selective_copying(rng: np.random.Generator, count: int, *, vocab: int, length: int, copies: int) -> Batch:
     """`copies` tokens among blanks, then the copy token, then blanks in whose place the tokens are told in order.
 

@@ -52,6 +52,7 @@ class RecallOptions(Options):
     test_sequences: int = 1000
 
     GRID: ClassVar[tuple[str, ...]] = ("pairs", "widths", *Options.GRID)
+    COUNTS: ClassVar[tuple[str, ...]] = ("test_sequences", *Options.COUNTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +121,7 @@ def held_out(cell: RecallOptions) -> list[Batch]:
     rows = min(cell.test_sequences, 100)
     return [
         sequences(rng, rows, pairs=pairs, vocab=cell.vocab, length=cell.length)
-        for _ in range(max(1, cell.test_sequences // rows))
+        for _ in range(-(-cell.test_sequences // rows))
     ]
 
 

@@ -34,6 +34,7 @@ def softmax_attention(query: jax.Array, key: jax.Array, value: jax.Array, window
     length, width = key.shape
     lag = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     seen = (lag >= 0) & (lag < (length if window is None else window))
-    logits = (query @ key.T).astype(jnp.promote_types(value.dtype, jnp.float32)) / width**0.5
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    logits = jnp.einsum("tk,sk->ts", query, key, preferred_element_type=wide) / width**0.5
     weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
     return weights.astype(value.dtype) @ value

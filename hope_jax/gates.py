@@ -73,6 +73,11 @@ def read_outs(**gates: ReadOut) -> Gates:
     return Gates(init, apply)
 
 
+def titans_gates(eta_init: float) -> Gates:
+    """Of Titans' memory: step (its theta), retained fraction (one minus its alpha), decay of the surprise (its eta)."""
+    return read_outs(eta=step_size(eta_init), log_alpha=retained(0.99), log_mu=retained(0.5))
+
+
 def fixed_decay(heads: int) -> Gates:
     """RetNet's constant decays, alpha = 1 - 2^(-5 - h) for head h, and the step eta = 1. Nothing is learned.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.sequence_layer import SequenceLayer
+from hope_jax.sequence_layer import SequenceLayer, project
 from hope_jax.types import Params
 
 
@@ -56,7 +56,7 @@ def lstm(dim: int) -> SequenceLayer:
 
     def apply(params: Params, state: LSTMState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         del phase
-        inputs_TG = r_TD.astype(params["wx"].dtype) @ params["wx"] + params["gates"]["b"][None]
+        inputs_TG = project(r_TD, params["wx"], r_TD.dtype) + params["gates"]["b"][None]
         state, y_TD = _over_tokens(lambda s, x: step(params, s, x), state, inputs_TG, mask_T)
         return state, y_TD.astype(r_TD.dtype)
 
@@ -107,7 +107,7 @@ def self_referential(dim: int, heads: int = 1) -> SequenceLayer:
 
     def apply(params: Params, state: jax.Array, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         del phase
-        x_THK = (r_TD.astype(params["in_proj"].dtype) @ params["in_proj"]).reshape(-1, heads, width)
+        x_THK = project(r_TD, params["in_proj"], r_TD.dtype).reshape(-1, heads, width)
         state, y_THK = _over_tokens(step, state, x_THK, mask_T)
         return state, y_THK.reshape(r_TD.shape).astype(r_TD.dtype)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.sequence_layer import SequenceLayer
+from hope_jax.sequence_layer import SequenceLayer, project
 from hope_jax.types import Params
 from hope_kernels import dplr_delta_rule
 
@@ -71,6 +71,8 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
     def apply(params: Params, state: RWKV7State, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         del phase
         x_TD = r_TD.astype(state.last.dtype)
+        if mask_T is not None:
+            x_TD = jnp.where(mask_T[:, None], x_TD, 0)
         before_TD = jnp.concatenate([state.last[None], x_TD[:-1]])
         mixed = {n: x_TD + (before_TD - x_TD) * params["shift"][f"{n}_scale"][None] for n in _SHIFTED}
 
@@ -81,22 +83,24 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
         def scaled(x_TD: jax.Array, name: str) -> jax.Array:
             return x_TD * params[name]["scale"][None]
 
-        read, key, value = (mixed[n] @ params[f"w{n}"] for n in ("r", "k", "v"))
+        read, key, value = (project(mixed[n], params[f"w{n}"], r_TD.dtype) for n in ("r", "k", "v"))
         rate = jax.nn.sigmoid(small("rate", lambda x: x))
         log_alpha = -jnp.exp(-0.5) * jax.nn.sigmoid(small("decay", jnp.tanh))
         kappa = _unit(split(scaled(key, "removal")))
         key = key * (1 + scaled(rate - 1, "replacement"))
         read, key, value, rate, log_alpha = map(split, (read, key, value, rate, log_alpha))
         out: Any = dplr_delta_rule(
-            *(x[None] for x in (read, key, value, rate * kappa, kappa, log_alpha)),
+            *(x[None].astype(r_TD.dtype) for x in (read, key, value, rate * kappa, kappa)),
+            log_alpha[None],
             initial_state=state.memory[None],
             mask=None if mask_T is None else jnp.broadcast_to(mask_T[None, :, None], (1, *read.shape[:2])),
         )
         p = params["norm"]
-        normed = _standard(out.y[0]).reshape(x_TD.shape) * p["scale"][None] + p["bias"][None]
+        normed = _standard(out.y[0].astype(x_TD.dtype)).reshape(x_TD.shape) * p["scale"][None] + p["bias"][None]
         bonus = jnp.sum(read * split(scaled(key.reshape(x_TD.shape), "bonus")), axis=-1, keepdims=True) * value
         y_TD = (normed + bonus.reshape(x_TD.shape)) * small("gate", jax.nn.sigmoid)
-        return RWKV7State(out.state[0], x_TD[-1]), y_TD.astype(r_TD.dtype)
+        last = jnp.concatenate([state.last[None], x_TD])[-1]
+        return RWKV7State(out.state[0], last), y_TD.astype(r_TD.dtype)
 
     return SequenceLayer(init, init_state, apply)
 

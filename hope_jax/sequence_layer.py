@@ -17,6 +17,11 @@ class SequenceLayer(NamedTuple):
     apply: Callable[..., tuple[Any, jax.Array]]  # (params, state, r_TD, phase=None, mask_T=None) -> (state, y_TD)
 
 
+def project(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """`x @ weight` with products in `dtype`, the layer's compute dtype; the result is as wide as the weight."""
+    return (x.astype(dtype) @ weight.astype(dtype)).astype(weight.dtype)
+
+
 def short_conv(kernel: jax.Array, tail: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Causal depthwise convolution that goes on where the last call stopped (spec S7.2).
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from hope_jax.chunk_form import gate
+from hope_jax.chunk_form import FactoredTransformation, gate
 from hope_jax.levels import level
 from hope_jax.memories import MLPMemory
 from hope_jax.nesting import nest
@@ -47,9 +47,14 @@ def titans_lmm(memory: Memory, chunk_size: int, *, momentum: bool = True, read: 
 
     Reference: Titans T-8 to T-18; spec 7.8.
     """
-    rule = dgd(exact=False, decay=False, momentum="gate" if momentum else None)
+    rule = titans_rule(momentum)
     whole = _whole_chunks(memory, chunk_size, momentum, read) if isinstance(memory, MLPMemory) else None
     return nest(level(memory, rule, chunk_size, objective=l2_regression, read=read), whole=whole)
+
+
+def titans_rule(momentum: bool = True) -> FactoredTransformation:
+    """Gradient descent with retention and, by a gate, momentum."""
+    return dgd(exact=False, decay=False, momentum="gate" if momentum else None)
 
 
 def _whole_chunks(memory: MLPMemory, chunk_size: int, momentum: bool, read: Read) -> Callable:

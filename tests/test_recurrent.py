@@ -1,6 +1,7 @@
 """LSTM, the self-referential weight matrix and RWKV-7 against loops in NumPy float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,6 +74,18 @@ def rwkv7_loop(params, r, heads):
     return np.stack(ys), np.stack([s.T for s in states])
 
 
+def test_rwkv7_neither_sees_nor_keeps_padding(x64, rng):
+    """Whatever stands in a masked place; and a call without tokens leaves the state."""
+    layer = rwkv7(D, heads=2, rank=3)
+    params, r = float64(layer.init(jax.random.key(0))), rng.normal(size=(T, D))
+    keep = np.arange(T) != 3
+    run = compiled(lambda p, r: layer.apply(p, layer.init_state(p), r, mask_T=jnp.asarray(keep)))
+    state, y = run(params, r)
+    again, y_again = run(params, np.where(keep[:, None], r, 7.0))
+    assert_close((again, y_again[keep]), (state, y[keep]), 0)
+    assert_close(layer.apply(params, state, jnp.zeros((0, D)))[0], state, 0)
+
+
 def test_rwkv7(x64, rng):
     """With random scales and biases, in two calls."""
     layer = rwkv7(D, heads=2, rank=3)
@@ -100,8 +113,8 @@ def test_the_published_recurrence(name, x64, rng):
     assert_close(jax.tree.leaves(state), list(want) if name == "lstm" else [want])
 
 
-def test_a_masked_token_leaves_the_state(x64, rng):
-    layer = self_referential(D)
+@pytest.mark.parametrize("layer", [self_referential(D), lstm(D)], ids=["srwm", "lstm"])
+def test_a_masked_token_leaves_the_state(layer, x64, rng):
     params, r = float64(layer.init(jax.random.key(0))), rng.normal(size=(T, D))
     keep = np.arange(T) != 3
     run = compiled(lambda p, r, m: layer.apply(p, layer.init_state(p), r, mask_T=m))

@@ -108,7 +108,8 @@ def _plan(ops: Sequence[Op], request: Request) -> list[Work]:
             if shape in op.specs and (asked or not request.implementations):
                 work.append(Work(op, shape, _able(op, shape, asked)))
     if not work:
-        raise UserError(f"{', '.join(request.implementations)} is not of an operation with {', '.join(request.shapes)}")
+        there = "; ".join(f"{op.name} has {', '.join(op.implementations)}" for op in ops)
+        raise UserError(f"no such measurement: nothing implements {', '.join(request.implementations)} here ({there})")
     return work
 
 

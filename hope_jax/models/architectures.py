@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hope_jax.gates import Gates, discretised, fixed_decay, no_gates, read_outs, retained, step_size
+from hope_jax.gates import Gates, discretised, fixed_decay, no_gates, read_outs, retained, step_size, titans_gates
 from hope_jax.memories import mlp_memory
 from hope_jax.memory_layer import Projections, memory_layer
 from hope_jax.miras import memora, moneta, yaad
@@ -56,6 +56,8 @@ class Architecture(NamedTuple):
     rotary: bool = False  # turns queries and keys by their position, in pairs of channels
     cache: bool = False  # keeps keys and values, of at most `max_length` tokens
     chunked: bool = False  # reads what whole chunks of `chunk_mem` tokens wrote
+    running_read: bool = False  # or, with read="before", what single tokens did
+    projections: bool = False  # writes its projections too, every `chunk_proj` tokens
 
 
 # --- sequence layers --------------------------------------------------------------------------------------------------
@@ -102,8 +104,8 @@ def _deep_linear_attention(c: ModelConfig) -> SequenceLayer:
 
 def _titans(c: ModelConfig) -> SequenceLayer:
     memory = mlp_memory(c.head_width, c.memory_hidden, residual=False)
-    gates = read_outs(eta=step_size(c.eta_init), log_alpha=retained(0.99), log_mu=retained(0.5))
-    return memory_layer(titans_lmm(memory, c.chunk_mem, read=c.read), _projections(c, gates), learned_start=True)
+    tokens = _projections(c, titans_gates(c.eta_init))
+    return memory_layer(titans_lmm(memory, c.chunk_mem, read=c.read), tokens, learned_start=True)
 
 
 def _titans_mac(c: ModelConfig) -> SequenceLayer:
@@ -267,13 +269,13 @@ def _titans_window(c: ModelConfig, out_gain: float, rngs: nnx.Rngs) -> WindowAtt
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "hope": Architecture((_mix(_self_modifying),), channel="cms", chunked=True),
+    "hope": Architecture((_mix(_self_modifying),), channel="cms", chunked=True, running_read=True, projections=True),
     "hope_attention": Architecture((_attention,), channel="cms", cache=True, rotary=True),
-    "self_modifying_titans": Architecture((_mix(_self_modifying),), chunked=True),
-    "titans": Architecture((_mix(_titans),), chunked=True),
+    "self_modifying_titans": Architecture((_mix(_self_modifying),), chunked=True, running_read=True, projections=True),
+    "titans": Architecture((_mix(_titans),), chunked=True, running_read=True),
     "titans_mac": Architecture((_mix(_titans_mac),), rotary=True),
-    "titans_mag": Architecture((_titans_mag,), rotary=True, chunked=True),
-    "titans_mal": Architecture((_titans_mal,), rotary=True, chunked=True),
+    "titans_mag": Architecture((_titans_mag,), rotary=True, chunked=True, running_read=True),
+    "titans_mal": Architecture((_titans_mal,), rotary=True, chunked=True, running_read=True),
     "ttt_linear": Architecture((_mix(_ttt_linear),)),
     "ttt_mlp": Architecture((_mix(_ttt_mlp),)),
     "dla": Architecture((_mix(_deep_linear_attention),), chunked=True),

@@ -1,23 +1,16 @@
-"""One frozen description of a language model; every field is checked when it is made."""
+"""One frozen description of a language model; every field is checked when it is made (`config_checks.py`)."""
 
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Literal
 
 from .architectures import ARCHITECTURES, Architecture
+from .config_checks import check, require
 
 NAMES = tuple(ARCHITECTURES)
 if TYPE_CHECKING:
     type Name = str
 else:
     Name = Literal[NAMES]  # so that a mistyped override is answered with the nearest
-READS = ("start", "before")
-MLP_RULES = ("input", "layerwise")
-VARIANTS = ("moneta", "yaad", "memora")
-DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full", "dots")
-CMS_VARIANTS = ("sequential", "nested", "independent")
-CMS_METAS = ("first_order", "outer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +122,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("cms_hidden", "cms_chunks", "bptt_chunks", "mlp_chunks", "rope_llama3", "static"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # lists come from text files
-        for field, choices in _CHOICES.items():
-            _require(
-                getattr(self, field) in choices,
-                f"{field} must be one of {choices}; got {getattr(self, field)!r}",
-            )
-        _check_sizes(self)
-        _check_memories(self)
-        _check_fast_levels(self)
+        check(self)
 
     @property
     def head_width(self) -> int:
@@ -191,175 +177,17 @@ def check_sequence_length(config: ModelConfig, length: int) -> None:
       ValueError: `length` ends before anything is read that the slowest fast level or memory wrote.
     """
     slowest = max(config.fast_chunks, default=0)
-    _require(
+    require(
         length > slowest,
         f"sequences of {length} tokens never read what the CMS level with chunk {slowest} writes; train on "
         f"{slowest + 1} tokens or more, shorten the chunks {config.fast_chunks}, or drop that one (an ordinary level)",
     )
-    chunk = config.chunk_mem if config.architecture.chunked and config.read == "start" else 0
-    if chunk and config.name in ("hope", "self_modifying_titans"):
+    running = config.architecture.running_read and config.read == "before"
+    chunk = config.chunk_mem if config.architecture.chunked and not running else 0
+    if chunk and config.architecture.projections:
         chunk = max(chunk, config.chunk_proj)
-    _require(
+    require(
         length > chunk,
         f"sequences of {length} tokens never read what a memory with chunk {chunk} writes; train on {chunk + 1} "
         f"tokens or more, or shorten chunk_proj and chunk_mem",
     )
-
-
-_CHOICES = {
-    "name": NAMES,
-    "read": READS,
-    "mlp_rule": MLP_RULES,
-    "miras": VARIANTS,
-    "dtype": DTYPES,
-    "remat": REMATS,
-    "cms_variant": CMS_VARIANTS,
-    "cms_meta": CMS_METAS,
-}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    for field in (
-        "vocab_size",
-        "dim",
-        "layers",
-        "heads",
-        "memory_hidden",
-        "chunk_proj",
-        "chunk_mem",
-        "window",
-        "persistent",
-        "omega_window",
-        "max_length",
-    ):
-        _require_positive(field, getattr(config, field))
-    for field in ("cms_hidden", "cms_chunks"):
-        for value in getattr(config, field):
-            _require_positive(f"each entry of {field}", value)
-    if config.mlp_hidden is not None:
-        _require_positive("mlp_hidden", config.mlp_hidden)
-    _check_attention(config)
-    _require(
-        (config.head_dim is not None and config.name != "hope") or config.dim % config.heads == 0,
-        f"heads must divide dim; got dim={config.dim}, heads={config.heads}",
-    )
-    _require(
-        not config.architecture.rotary or config.rope_theta is None or config.head_width % 2 == 0,
-        f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
-        f"heads={config.heads}",
-    )
-    _require(
-        not config.has_cms or len(config.cms_hidden) > 0,
-        "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
-    )
-    mixers = len(config.architecture.mixers)
-    _require(
-        config.layers % mixers == 0,
-        f"{config.name} alternates {mixers} mixers, so layers must be a multiple of {mixers}; got {config.layers}",
-    )
-    _require(
-        config.rope_theta is None or config.rope_theta > 0,
-        f"rope_theta must be positive, or None for no positions; got {config.rope_theta}",
-    )
-
-
-def _check_attention(config: ModelConfig) -> None:
-    if config.head_dim is not None:
-        _require_positive("head_dim", config.head_dim)
-    if config.kv_heads is not None:
-        _require_positive("kv_heads", config.kv_heads)
-        _require(
-            config.heads % config.kv_heads == 0,
-            f"kv_heads must divide heads; got kv_heads={config.kv_heads}, heads={config.heads}",
-        )
-    scaling = config.rope_llama3
-    _require(
-        len(scaling) in (0, 4) and all(value > 0 for value in scaling) and (not scaling or scaling[1] < scaling[2]),
-        f"rope_llama3 needs factor, low < high frequency factors and a length, all positive, or (); got {scaling}",
-    )
-    _require(config.norm_eps > 0, f"norm_eps must be positive; got {config.norm_eps}")
-
-
-def _check_memories(config: ModelConfig) -> None:
-    momentum = config.momentum
-    _require(
-        momentum is None or momentum == "gate" or (_is_number(momentum) and 0 <= momentum < 1),
-        f"momentum must be None, 'gate' or a number in [0, 1); got {momentum!r}",
-    )
-    _require(
-        isinstance(config.conv_window, int) and config.conv_window >= 0,
-        f"conv_window must be 0 (none) or a number of tokens; got {config.conv_window!r}",
-    )
-    clip = config.error_clip
-    _require(
-        clip is None or (_is_number(clip) and clip > 0), f"error_clip must be None or a positive number; got {clip!r}"
-    )
-    _require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
-    _require(0 < config.erase_max <= 2, f"erase_max must lie in (0, 2]; got {config.erase_max}")
-    _require(set(config.static) <= {"k", "v"}, f"static holds some of 'k' and 'v'; got {config.static}")
-    fast, slow = sorted((config.chunk_proj, config.chunk_mem))
-    _require(
-        slow % fast == 0,
-        f"one of chunk_proj, chunk_mem must divide the other; got {config.chunk_proj} and {config.chunk_mem}",
-    )
-
-
-def _check_fast_levels(config: ModelConfig) -> None:
-    chunks = config.cms_chunks
-    _require(
-        not chunks or config.has_cms,
-        f"{config.name} has no CMS levels; leave cms_chunks empty (got {chunks}) or use 'hope' or 'hope_attention'",
-    )
-    _require(
-        len(chunks) <= len(config.cms_hidden),
-        f"cms_chunks {chunks} has more entries than cms_hidden {config.cms_hidden}; give each level a width",
-    )
-    _check_mlp_chunks(config)
-    fast_chunks = config.fast_chunks
-    _require(
-        all(slow % fast == 0 for fast, slow in itertools.pairwise(fast_chunks)),
-        f"chunk sizes must divide, fastest first; got {'cms' if chunks else 'mlp'}_chunks={list(fast_chunks)}",
-    )
-    _require(
-        config.cms_variant != "nested" or len(fast_chunks) >= 2 or not config.has_cms,
-        f"cms_variant='nested' needs two fast levels, or nothing starts again; got chunk sizes {fast_chunks}",
-    )
-    _require(config.cms_eta >= 0, f"cms_eta must not be negative; got {config.cms_eta}")
-    _require(
-        len(config.bptt_chunks) <= len(fast_chunks),
-        f"bptt_chunks {config.bptt_chunks} has more entries than there are fast levels, of chunk sizes {fast_chunks}",
-    )
-    for value in config.bptt_chunks:
-        if value is not None:
-            _require_positive("each entry of bptt_chunks that is not None", value)
-
-
-def _check_mlp_chunks(config: ModelConfig) -> None:
-    chunks = config.mlp_chunks
-    _require(
-        not chunks or config.name == "transformer",
-        f"mlp_chunks assigns the MLPs of a transformer to levels, name={config.name!r} has cms_chunks; got {chunks}",
-    )
-    _require(
-        len(chunks) in (0, config.layers),
-        f"mlp_chunks needs one entry per layer, None for an ordinary MLP; got {chunks} for {config.layers} layers",
-    )
-    for chunk in chunks:
-        if chunk is not None:
-            _require_positive("each entry of mlp_chunks that is not None", chunk)
-
-
-def _require_positive(field: str, value: object) -> None:
-    _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{field} must be a positive integer; got {value!r}",
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -141,7 +141,10 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, tuple[float, ...]]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; load_llama needs a folder with config.json and *.safetensors")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy the file again") from error
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[Callable[[str], np.ndarray], set[str]]:
@@ -149,7 +152,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[Callable[[str], np
     from safetensors import safe_open  # whoever does not read checkpoints does not wait for it
 
     sharded = (folder / INDEX).exists()
-    files = sorted(set(_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]
+    index = _json(folder / INDEX).get("weight_map", {}) if sharded else {"": SINGLE}
+    if not index:
+        raise ValueError(f"{folder / INDEX} has no weight_map; copy the file again")
+    files = sorted(set(index.values()))
     absent = [name for name in files if not (folder / name).exists()]
     if absent:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}; copy the whole checkpoint (safetensors only)")

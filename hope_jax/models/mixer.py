@@ -16,9 +16,8 @@ class Mixer(nnx.Module):
     """`(RMSNorm_per_head(layer(r)) * silu(r @ w_gate)) @ w_out`, the gate optional.
 
     Args:
-      layer: for one example, [T, D] in, [T, width] out; its parameters live here under `memory`.
-      dim, width, heads: D, the layer's output width, and the groups of channels that are normalised (None: the layer
-        has a norm of its own).
+      layer: for one example, [T, D] in and out; its parameters live here under `memory`.
+      dim, heads: D, and the groups of channels that are normalised (None: the layer has a norm of its own).
       gated: multiply by the gate.
       out_gain: scale of the map out.
     """
@@ -29,19 +28,18 @@ class Mixer(nnx.Module):
         *,
         dim: int,
         heads: int | None,
-        width: int | None = None,
         gated: bool,
         out_gain: float,
         rngs: nnx.Rngs,
     ):
-        self.layer, width = layer, width or dim
+        self.layer = layer
         self.memory = nnx.data(jax.tree.map(nnx.Param, layer.init(rngs.params())))
         if heads is not None:
-            self.head_norm = RMSNorm(width, groups=heads)
+            self.head_norm = RMSNorm(dim, groups=heads)
         self.gated = gated
         if gated:
-            self.w_gate = matrix(rngs, dim, width)
-        self.w_out = matrix(rngs, width, dim, out_gain)
+            self.w_gate = matrix(rngs, dim, dim)
+        self.w_out = matrix(rngs, dim, dim, out_gain)
 
     def init_state(self, batch_size: int) -> Any:
         """Every row starts from the learned start states; nothing is shared from then on."""

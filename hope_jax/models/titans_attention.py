@@ -1,6 +1,7 @@
 """Titans with attention: the memory as a context, as a gate beside, and as a layer before sliding-window attention.
 
-The memory is `titans_lmm` throughout. Persistent memory is a set of learned vectors that every token attends to.
+MAG and MAL take the layer of `titans`; MAC has a level of its own, with the same rule and gates. Persistent memory is a
+set of learned vectors that every token attends to.
 
 Reference: Titans, arXiv:2501.00663, T-21 to T-31; spec 7.8.
 """
@@ -11,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hope_jax.gates import read_outs, retained, step_size
+from hope_jax.gates import titans_gates
 from hope_jax.levels import level
 from hope_jax.local import heads_first
 from hope_jax.memories import mlp_memory
 from hope_jax.nesting import nest
 from hope_jax.objectives import l2_regression
-from hope_jax.sequence_layer import SequenceLayer, l2_normalize
-from hope_jax.transforms import dgd
+from hope_jax.sequence_layer import SequenceLayer, l2_normalize, project
+from hope_jax.titans import titans_rule
 from hope_jax.types import Nest, NestState, Params, Write
 from hope_jax.writing import factored_errors
 
@@ -74,10 +75,10 @@ class MemoryThenAttention(nnx.Module):
 
 
 class Segment(NamedTuple):
-    """The open segment of a memory-as-context layer; C slots, of which those up to the current token count."""
+    """What the open segment can attend to; C slots, of which those up to the current token count."""
 
-    input_CD: jax.Array  # [C, D]
-    recall_CD: jax.Array  # [C, D] what the memory answered
+    recall: tuple[jax.Array, jax.Array]  # [C, H, K] keys, turned by their slot, and values of what the memory answered
+    inputs: tuple[jax.Array, jax.Array]  # [C, H, K] of the tokens themselves
     valid_C: jax.Array  # [C] bool, False at padding
     filled: jax.Array  # [] int32
 
@@ -90,7 +91,8 @@ def memory_as_context(
         h_j = M_start(q(r_j))    y_t = Attn([P; h_1..h_t; r_1..r_t])    M learns y_t    o_t = y_t * M_t(q(y_t))
 
     The answers h are those of the memory at the segment's start; token t sees h_j for j <= t only, and o_t is read from
-    the running memory, because reading after the whole segment would show a token its future (spec 7.8).
+    the running memory, because reading after the whole segment would show a token its future (spec 7.8). Here the
+    memory has plain projections, without the convolution and the SiLU of `memory_layer`: attention mixes the tokens.
 
     Args:
         dim, heads: D, H of both the attention and the memories.
@@ -98,7 +100,7 @@ def memory_as_context(
         segment: tokens of a segment, also the memory's chunk size.
         persistent: number of vectors P.
         eta_init: inner step size at the start.
-        theta: base of the rotary wavelengths.
+        theta: base of the rotary wavelengths inside a segment; None for no positions.
 
     Example:
         >>> layer = memory_as_context(8, 2, hidden=4, segment=4, persistent=2, eta_init=0.1)
@@ -110,8 +112,7 @@ def memory_as_context(
     """
     width = dim // heads
     memory = mlp_memory(width, hidden, residual=False)
-    rule = dgd(exact=False, decay=False, momentum="gate")
-    gates = read_outs(eta=step_size(eta_init), log_alpha=retained(0.99), log_mu=retained(0.5))
+    gates = titans_gates(eta_init)
 
     def init(key: jax.Array) -> Params:
         start, gate, persist, *rest = jax.random.split(key, 9)
@@ -119,74 +120,70 @@ def memory_as_context(
         params: Params = {n: jax.random.normal(k, (dim, dim)) / dim**0.5 for n, k in zip(names, rest, strict=True)}
         params["persistent"] = jax.random.normal(persist, (persistent, dim))
         params["gates"] = gates.init(gate, dim, heads)
-        params["start"] = jax.vmap(memory.init)(jax.random.split(start, heads))
+        params["start"] = {"level_0": jax.vmap(memory.init)(jax.random.split(start, heads))}
         return params
 
-    def split(x_CD: jax.Array) -> jax.Array:  # [C, D] -> [C, H, K]
-        return x_CD.reshape(-1, heads, width)
+    def nest_of(params: Params, dtype: Any) -> Nest:
+        def made(x_CD: jax.Array, name: str) -> jax.Array:  # [C, D] -> [C, H, K]
+            return project(x_CD, params[name], dtype).reshape(-1, heads, width)
 
-    def attend(params: Params, r_CD: jax.Array, seen: Segment) -> jax.Array:
-        """Of the newest tokens, to the persistent vectors and the slots up to their own."""
-        count = r_CD.shape[0]
-        slot_S = jnp.arange(segment, dtype=jnp.int32)
-        at_C = seen.filled - count + jnp.arange(count, dtype=jnp.int32)
-        plain_CHK = split(r_CD @ params["wq"])
-        q_CHK = rotate(plain_CHK[None], at_C[None], theta)[0]
-
-        def keys(x_SD: jax.Array) -> jax.Array:
-            return rotate(split(x_SD @ params["wk"])[None], slot_S[None], theta)[0]
-
-        allowed_CS = (slot_S[None, :] <= at_C[:, None]) & seen.valid_C[None, :]
-        parts = [jnp.einsum("CHK,SHK->HCS", q_CHK, keys(x)) for x in (seen.recall_CD, seen.input_CD)]
-        parts = [jnp.where(allowed_CS[None], score, jnp.finfo(score.dtype).min) for score in parts]
-        parts.append(jnp.einsum("CHK,SHK->HCS", plain_CHK, split(params["persistent"] @ params["wk"])))
-        weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1) * width**-0.5)
-        values = jnp.concatenate([seen.recall_CD, seen.input_CD, params["persistent"]]) @ params["wv"]
-        return jnp.einsum("HCS,SHK->CHK", weights, split(values)).reshape(count, dim)
-
-    def mac(params: Params) -> Nest:
         def error(starts: tuple[Params, ...], carry: Segment, piece: dict):
-            (start,) = starts
-            r_CD, mask_C = piece["r"], piece["mask"]
-            h_HCK = memory.apply(start, heads_first(l2_normalize(split(r_CD @ params["memory_q"]))))
-            seen = _append(carry, r_CD, jnp.moveaxis(h_HCK, 1, 0).reshape(r_CD.shape), mask_C)
-            y_CD = attend(params, r_CD, seen)
-            query, key = (heads_first(l2_normalize(split(y_CD @ params[n]))) for n in ("memory_q", "memory_k"))
-            value = heads_first(split(y_CD @ params["memory_v"]))
-            _, errors = factored_errors(memory, l2_regression, start, key, value)
-            made = {name: g.T for name, g in gates.apply(params["gates"], r_CD).items()}
-            carry = seen._replace(filled=seen.filled % segment)
-            return (Write(errors, made, query, mask_C),), carry, y_CD
+            (start,), r_CD, mask_C = starts, piece["r"], piece["mask"]
+            h_HCK = memory.apply(start, heads_first(l2_normalize(made(r_CD, "memory_q"))))
+            at_C = carry.filled + jnp.arange(r_CD.shape[0], dtype=jnp.int32)
+            seen = carry._replace(
+                valid_C=_put(carry.valid_C, mask_C, carry.filled), filled=carry.filled + r_CD.shape[0]
+            )
+            for name, x_CD in (("recall", jnp.moveaxis(h_HCK, 1, 0).reshape(r_CD.shape)), ("inputs", r_CD)):
+                new = (_turn(made(x_CD, "wk"), at_C, theta), made(x_CD, "wv"))
+                old = getattr(seen, name)
+                seen = seen._replace(**{name: tuple(_put(o, n, carry.filled) for o, n in zip(old, new, strict=True))})
+            always = (made(params["persistent"], "wk"), made(params["persistent"], "wv"))
+            y_CD = _attend(made(r_CD, "wq"), at_C, seen, always, theta).reshape(r_CD.shape)
+            query, key = (heads_first(l2_normalize(made(y_CD, n))) for n in ("memory_q", "memory_k"))
+            _, errors = factored_errors(memory, l2_regression, start, key, heads_first(made(y_CD, "memory_v")))
+            rates = {name: g.T for name, g in gates.apply(params["gates"], r_CD).items()}
+            return (Write(errors, rates, query, mask_C),), seen._replace(filled=seen.filled % segment), y_CD
 
         def output(y_CD: jax.Array, reads: tuple) -> jax.Array:
             return y_CD * jnp.moveaxis(reads[0], -2, 0).reshape(y_CD.shape)
 
-        lev = level(memory, rule, segment, objective=l2_regression, read="after")
+        lev = level(memory, titans_rule(), segment, objective=l2_regression, read="after")
         return nest(lev, error=error, output=output)
 
     def init_state(params: Params) -> NestState:
-        empty = jnp.zeros((segment, dim), params["wq"].dtype)
-        carry = Segment(empty, empty, jnp.zeros(segment, bool), jnp.zeros((), jnp.int32))
-        return mac(params).init((params["start"],), carry)
+        empty = jnp.zeros((segment, heads, width), params["wq"].dtype)
+        nothing = Segment((empty, empty), (empty, empty), jnp.zeros(segment, bool), jnp.zeros((), jnp.int32))
+        return nest_of(params, empty.dtype).init((params["start"]["level_0"],), nothing)
 
     def apply(params: Params, state: NestState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         mask_T = jnp.ones(r_TD.shape[0], bool) if mask_T is None else mask_T
-        state, o_TD = mac(params).apply(state, {"r": r_TD.astype(params["wq"].dtype), "mask": mask_T}, phase)
+        xs = {"r": r_TD.astype(params["wq"].dtype), "mask": mask_T}
+        state, o_TD = nest_of(params, r_TD.dtype).apply(state, xs, phase)
         return state, o_TD.astype(r_TD.dtype)
 
     return SequenceLayer(init, init_state, apply)
 
 
-def _append(carry: Segment, r_CD: jax.Array, h_CD: jax.Array, mask_C: jax.Array) -> Segment:
-    """The segment with these tokens in its next slots."""
+def _attend(
+    q_CHK: jax.Array, at_C: jax.Array, seen: Segment, always: tuple[jax.Array, jax.Array], theta: float | None
+) -> jax.Array:
+    """Of the tokens in slots `at_C`, to the slots up to their own and to the persistent vectors."""
+    slot_S = jnp.arange(seen.valid_C.shape[0], dtype=jnp.int32)
+    allowed_CS = (slot_S[None, :] <= at_C[:, None]) & seen.valid_C[None, :]
+    turned_CHK = _turn(q_CHK, at_C, theta)
+    parts = [jnp.einsum("CHK,SHK->HCS", turned_CHK, keys) for keys, _ in (seen.recall, seen.inputs)]
+    parts = [jnp.where(allowed_CS[None], score, jnp.finfo(score.dtype).min) for score in parts]
+    parts.append(jnp.einsum("CHK,SHK->HCS", q_CHK, always[0]))
+    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1) * q_CHK.shape[-1] ** -0.5)
+    values = jnp.concatenate([seen.recall[1], seen.inputs[1], always[1]])
+    return jnp.einsum("HCS,SHK->CHK", weights, values)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        at = (carry.filled, *[jnp.zeros((), jnp.int32)] * (old.ndim - 1))
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
 
-    return Segment(
-        put(carry.input_CD, r_CD),
-        put(carry.recall_CD, h_CD),
-        put(carry.valid_C, mask_C),
-        carry.filled + r_CD.shape[0],
-    )
+def _turn(x_CHK: jax.Array, at_C: jax.Array, theta: float | None) -> jax.Array:
+    return rotate(x_CHK[None], at_C[None], theta)[0]
+
+
+def _put(old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """`new` in the slots from `at` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=0)

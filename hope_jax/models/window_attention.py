@@ -80,33 +80,35 @@ class WindowAttention(nnx.Module):
         return x_BTD.reshape(*x_BTD.shape[:-1], self.heads, self.width)
 
     def _attend(self, q_BTHK: jax.Array, plain_BTHK: jax.Array, seen: WindowState) -> jax.Array:
-        """Blocks of W queries, each with its own block of keys and the one before: linear in T."""
+        """Blocks of C = min(W, T) queries, each with its own C keys and the W before them: linear in T."""
         T, W, dtype = q_BTHK.shape[1], self.window, q_BTHK.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        count = -(-T // W)
-        padding = count * W - T
+        C = min(W, T)
+        count = -(-T // C)
 
-        def blocks(x: jax.Array, before: int) -> jax.Array:  # [B, before + T, ...] -> [B, blocks, W, ...]
-            x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-            return x.reshape(x.shape[0], count + before, W, *x.shape[2:])
+        def blocks(x: jax.Array, more: int = 0) -> jax.Array:  # [B, T (+ W), ...] -> [B, N (+ 1), C, ...]
+            x = jnp.pad(x, [(0, 0), (0, count * C - T), *[(0, 0)] * (x.ndim - 2)])
+            return x.reshape(x.shape[0], count + more, C, *x.shape[2:])
 
-        def pairs(x: jax.Array) -> jax.Array:  # [B, W + T, ...] -> [B, N, 2 W, ...]
-            x = blocks(x, 1)
+        def reachable(x: jax.Array) -> jax.Array:  # [B, W + T, ...] -> [B, N, W + C, ...]
+            if count == 1:
+                return x[:, None]
+            x = blocks(x, 1)  # of W tokens: each with the one before
             return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
-        keys, values, valid = (pairs(x) for x in seen[:3])
-        distance_WS = W + jnp.arange(W)[:, None] - jnp.arange(2 * W)[None, :]
-        allowed = valid[:, :, None, :] & ((distance_WS >= 0) & (distance_WS < W))[None, None]
-        score = jnp.einsum("bnthk,bnshk->bnhts", blocks(q_BTHK, 0), keys.astype(dtype), preferred_element_type=wide)
+        keys, values, valid = (reachable(x) for x in seen[:3])
+        distance_CS = W + jnp.arange(C)[:, None] - jnp.arange(W + C)[None, :]
+        allowed = valid[:, :, None, :] & ((distance_CS >= 0) & (distance_CS < W))[None, None]
+        score = jnp.einsum("bnthk,bnshk->bnhts", blocks(q_BTHK), keys.astype(dtype), preferred_element_type=wide)
         score = jnp.where(allowed[:, :, None], score * self.width**-0.5, jnp.finfo(wide).min)
         if self.persistent:
             key_PHK = self._heads(matmul(self.persistent_PD[...].astype(dtype), self.wk))
             value_PHK = self._heads(matmul(self.persistent_PD[...].astype(dtype), self.wv))
-            always = jnp.einsum("bnthk,phk->bnhtp", blocks(plain_BTHK, 0), key_PHK, preferred_element_type=wide)
+            always = jnp.einsum("bnthk,phk->bnhtp", blocks(plain_BTHK), key_PHK, preferred_element_type=wide)
             score = jnp.concatenate([score, always * self.width**-0.5], axis=-1)
         weight = jax.nn.softmax(score).astype(dtype)
-        window = weight[..., : 2 * W]
+        window, persistent = weight[..., : W + C], weight[..., W + C :]
         y = jnp.einsum("bnhts,bnshk->bnthk", window, values.astype(dtype), preferred_element_type=wide)
         if self.persistent:
-            y = y + jnp.einsum("bnhtp,phk->bnthk", weight[..., 2 * W :], value_PHK, preferred_element_type=wide)
-        return y.reshape(y.shape[0], count * W, *y.shape[3:])[:, :T].astype(dtype)
+            y = y + jnp.einsum("bnhtp,phk->bnthk", persistent, value_PHK, preferred_element_type=wide)
+        return y.reshape(y.shape[0], count * C, *y.shape[3:])[:, :T].astype(dtype)

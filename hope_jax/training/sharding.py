@@ -26,10 +26,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)head$", P("fsdp", "tensor")),  # the same, the other way round
     (r"/mixer/w[qkv]$|/mixer/w_gate$", P("fsdp", "tensor")),  # heads over tensor
     (r"/mixer/wo$|/mixer/w_out$", P("tensor", "fsdp")),
-    (r"/memory/(in_proj|static/\w+|w[qkvrxh])$", P("fsdp", "tensor")),
-    (r"/memory/(boxes|start)/\w+/w[12]?$", P("tensor", "fsdp", None)),  # one matrix per head
+    (r"/(attention|recall)/w[qkv]$|/recall/w_gate$", P("fsdp", "tensor")),
+    (r"/(attention|recall)/w(o|_out)$", P("tensor", "fsdp")),
+    (r"/memory/(in_proj|static/\w+|w[qkvrxh]|memory_[qkv])$", P("fsdp", "tensor")),
+    (r"/memory/boxes/\w+/w[12]$|/memory/start/(level_\d+/)?\w+$", P("tensor", "fsdp", None)),  # one matrix per head
     (r"/memory/conv/\w+$", P("tensor", None)),
-    (r"/memory/gates/\w+/w$", P("tensor", None)),
+    (
+        r"/memory/gates/(eta|alpha|mu)/w$",
+        P("tensor", None),
+    ),  # [H, K] of boxes; read-outs of the input, [D, H], stay whole
     (r"/memory/gates/\w+/b$", P("tensor")),
     (r"/mlp/w_(gate|up)$", P("fsdp", "tensor")),  # hidden width over tensor
     (r"/mlp/w_down$", P("tensor", "fsdp")),

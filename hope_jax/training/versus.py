@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from hope_jax.models import ARCHITECTURES, count_parameters, match_parameters
+from hope_jax.models import ARCHITECTURES, ModelConfig, count_parameters, match_parameters
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.loop import Result, train
@@ -26,20 +27,22 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
     """
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
-    model = dataclasses.replace(
-        config.model,
-        name=name,
-        cms_chunks=(),
-        bptt_chunks=(),
-        # the fastest policy of attention: its speed is what ours is compared with
-        remat="none" if name == "transformer" else config.model.remat,
-        max_length=max(config.model.max_length, config.seq_len),
-    )
+    changes: dict[str, Any] = {
+        "name": name,
+        "mlp_chunks": (),
+        "max_length": max(config.model.max_length, config.seq_len),
+    }
+    if not (has_cms := ARCHITECTURES[name].channel == "cms"):
+        changes |= {"cms_chunks": (), "bptt_chunks": (), "cms_variant": "sequential"}
+    if ARCHITECTURES[name].projections != config.model.architecture.projections:
+        changes["eta_init"] = ModelConfig.eta_init  # a step chosen for one kind of memory says nothing of another
+    if name == "transformer":
+        changes["remat"] = "none"  # the fastest policy of attention: its speed is what ours is compared with
     try:
-        model = match_parameters(model, count_parameters(config.model))
+        model = match_parameters(dataclasses.replace(config.model, **changes), count_parameters(config.model))
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    return dataclasses.replace(config, model=model, cms_periods=())
+    return dataclasses.replace(config, model=model, cms_periods=config.cms_periods if has_cms else ())
 
 
 def train_opponent(ours: Result, name: str, *, resume: bool, overwrite: bool, console: Console) -> Result:

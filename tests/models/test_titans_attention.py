@@ -24,7 +24,7 @@ def turn(x, t):
 def loop(params, r):
     """Heads meet only in the projections; each has a memory of its own."""
     head = lambda x, h: x[h * K : (h + 1) * K]  # noqa: E731
-    memories = [{n: w[h] for n, w in params["start"].items()} for h in range(H)]
+    memories = [{n: w[h] for n, w in params["start"]["level_0"].items()} for h in range(H)]
     surprise = [{n: np.zeros_like(w) for n, w in m.items()} for m in memories]
     gate = {name: r @ p["w"] + p["b"] for name, p in params["gates"].items()}
     eta, alpha, mu = softplus(gate["eta"]), sigmoid(gate["log_alpha"]), sigmoid(gate["log_mu"])

@@ -38,6 +38,16 @@ def loop(params, r, mask):
     return np.stack(ys)
 
 
+def test_a_decoded_token_meets_its_window_alone():
+    """One query against W + 1 keys, not a block of W against 2 W."""
+    init, apply = module()
+    params = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(lambda p: apply(p, B, method="init_state"), params)
+    token = jax.ShapeDtypeStruct((B, 1, D), jnp.float32)
+    text = str(jax.make_jaxpr(lambda p, r, s: apply(p, r, s, phase=None, mask_BT=None))(params, token, state))
+    assert f"f32[{B},1,{H},1,{W + 1}]" in text and f"{W},{2 * W}]" not in text
+
+
 @pytest.mark.parametrize("persistent", [0, P])
 def test_the_loop_and_any_cut(persistent, x64, rng):
     init, apply = module(persistent)

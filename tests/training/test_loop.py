@@ -315,6 +315,12 @@ def test_opponent_has_as_many_parameters(small):
     assert theirs.model.remat == "none"
     assert count_parameters(theirs.model) == pytest.approx(count_parameters(ours.model), rel=0.01)
     assert dataclasses.replace(theirs, model=ours.model, cms_periods=(1, 2)) == ours
+    deep = dataclasses.replace(small, model=dataclasses.replace(small.model, name="transformer", layers=3))
+    with pytest.raises(UserError, match="samba alternates 2 mixers"):
+        opponent(deep, "samba")
+    fast = dataclasses.replace(ours, model=dataclasses.replace(ours.model, cms_chunks=(4,)))
+    assert opponent(fast, "hope").model.cms_chunks == (4,)  # levels that adapt, against levels that adapt
+    assert opponent(fast, "delta_net").model.cms_chunks == ()
     with pytest.raises(UserError, match="choose one with model=NAME"):
         opponent(small, small.model.name)
 

@@ -62,7 +62,7 @@ def segments(inputs: Inputs) -> int:
     The first run over the segments has K more columns, so cutting into N makes 2 + K / V walks of a length of 1 / N.
     """
     batch, tokens, heads, value_width = inputs.u.shape
-    blocks = batch * heads * value_width // COLUMNS
+    blocks = max(batch * heads * value_width // COLUMNS, 1)
     found = min(PROCESSORS // blocks, tokens // (TILE * SEGMENT))
     return found if found >= 2 * (2 + inputs.k.shape[3] / value_width) else 1
 
