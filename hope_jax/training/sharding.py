@@ -31,11 +31,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"/memory/(in_proj|static/\w+|w[qkvrxh]|memory_[qkv])$", P("fsdp", "tensor")),
     (r"/memory/boxes/\w+/w[12]$|/memory/start/(level_\d+/)?\w+$", P("tensor", "fsdp", None)),  # one matrix per head
     (r"/memory/conv/\w+$", P("tensor", None)),
-    (
-        r"/memory/gates/(eta|alpha|mu)/w$",
-        P("tensor", None),
-    ),  # [H, K] of boxes; read-outs of the input, [D, H], stay whole
-    (r"/memory/gates/\w+/b$", P("tensor")),
     (r"/mlp/w_(gate|up)$", P("fsdp", "tensor")),  # hidden width over tensor
     (r"/mlp/w_down$", P("tensor", "fsdp")),
     (r"/cms/level_\d+/w2$", P("fsdp", "tensor")),
