@@ -89,9 +89,10 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
         kappa = _unit(split(scaled(key, "removal")))
         key = key * (1 + scaled(rate - 1, "replacement"))
         read, key, value, rate, log_alpha = map(split, (read, key, value, rate, log_alpha))
+        arrays: dict[str, Any] = {"q": read, "k": key, "u": value, "b": rate * kappa, "c": kappa}
         out: Any = dplr_delta_rule(
-            *(x[None].astype(r_TD.dtype) for x in (read, key, value, rate * kappa, kappa)),
-            log_alpha[None],
+            **{name: x[None].astype(r_TD.dtype) for name, x in arrays.items()},
+            log_alpha=log_alpha[None],
             initial_state=state.memory[None],
             mask=None if mask_T is None else jnp.broadcast_to(mask_T[None, :, None], (1, *read.shape[:2])),
         )

@@ -68,6 +68,7 @@ def _linear_attention(c: ModelConfig) -> SequenceLayer:
 
 
 def _retnet(c: ModelConfig) -> SequenceLayer:
+    """Without the rotation of queries and keys of the published layer."""
     return memory_layer(gated_linear_attention(*c.head_widths), _projections(c, fixed_decay(c.heads)))
 
 
@@ -150,11 +151,13 @@ def _oja(c: ModelConfig) -> SequenceLayer:
 
 
 def _linear_attention_pp(c: ModelConfig) -> SequenceLayer:
+    """Where its two matrices start is learned; the attention's starts empty."""
     tokens = _projections(c, feature=_positive)
     return memory_layer(linear_attention_pp(c.head_width), tokens, learned_start=True)
 
 
 def _omega(c: ModelConfig) -> SequenceLayer:
+    """Without the polynomial features of the published keys; so is Atlas."""
     memory = mlp_memory(c.head_width, c.memory_hidden)
     gates = read_outs(eta=step_size(c.eta_init / c.omega_window), log_alpha=retained(0.99))
     rule = omega(memory, c.head_widths, c.chunk_mem, c.omega_window)
