@@ -4,11 +4,15 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.published import Table
 from experiments.records import Record
+from experiments.training import in_bits, show_score
+
+NONE = "–"
+RAW_BITS = 8.0  # of a byte of which nothing is known
 
 
 class Best(NamedTuple):
@@ -18,12 +22,20 @@ class Best(NamedTuple):
     tried: int  # configurations
 
     def values(self, score: str) -> list[float]:
-        """One per seed; a run that failed scored nothing."""
-        return [record.scores.get(score, 0.0) for record in self.records]
+        """One per seed; a run that failed knows nothing."""
+        return [record.scores.get(score, RAW_BITS if in_bits(score) else 0.0) for record in self.records]
 
     def mean(self, score: str) -> float:
         """Over seeds."""
         return statistics.fmean(self.values(score))
+
+    def has(self, score: str) -> bool:
+        """Whether this was measured: a model need not have every score."""
+        return any(score in record.scores or record.failed for record in self.records)
+
+    def rank(self, scores: Sequence[str]) -> list[float]:
+        """The means of these scores as numbers of which greater ones are better."""
+        return [-self.mean(score) if in_bits(score) else self.mean(score) for score in scores]
 
 
 def table_cells(records: Iterable[Record], table: Table) -> dict[tuple[str, str], dict[str, Best]]:
@@ -39,7 +51,7 @@ def table_cells(records: Iterable[Record], table: Table) -> dict[tuple[str, str]
     found: dict[tuple[str, str], dict[str, Best]] = defaultdict(dict)
     for (model, column, setting), configurations in groups.items():
         candidates = [Best(sorted(runs, key=_seed), len(configurations)) for runs in configurations.values()]
-        best = max(candidates, key=lambda one: [one.mean(score) for score in table.best])
+        best = max(candidates, key=lambda one: one.rank(table.best))
         found[model, column][setting] = best
     return dict(found)
 
@@ -61,6 +73,19 @@ def columns_of(table: Table, cells: Iterable[tuple[str, str]]) -> list[str]:
     return [*table.columns, *sorted({column for _, column in cells} - set(table.columns), key=natural)]
 
 
+def scores_of(table: Table, cells: Mapping[tuple[str, str], Mapping[str, Best]], column: str) -> tuple[str, ...]:
+    """The scores of the table that any row has in a column; all of them while every run there failed."""
+    found = {
+        score
+        for (_, name), settings in cells.items()
+        if name == column
+        for best in settings.values()
+        for record in best.records
+        for score in record.scores
+    }
+    return tuple(score for score in table.scores if score in found) or table.scores
+
+
 def show(settings: dict[str, Best], table: Table, column: str) -> str:
     """A cell as text: "98.2 ± 0.4 / 10.1 ± 3.0", or "51.2 [3 of 11]" for a mean over some of its settings."""
     text = " / ".join(_show_score(list(settings.values()), score) for score in table.scores)
@@ -69,10 +94,13 @@ def show(settings: dict[str, Best], table: Table, column: str) -> str:
 
 
 def _show_score(bests: Sequence[Best], score: str) -> str:
-    mean = statistics.fmean(best.mean(score) for best in bests)
+    bests = [best for best in bests if best.has(score)]
+    if not bests:
+        return NONE
+    mean = show_score(score, statistics.fmean(best.mean(score) for best in bests))
     seeds = min(len(best.records) for best in bests)
     if seeds < 2:
-        return f"{100 * mean:.1f}"
+        return mean
     # The spread of the column: of the means over its settings, seed by seed.
     by_seed = [statistics.fmean(best.values(score)[i] for best in bests) for i in range(seeds)]
-    return f"{100 * mean:.1f} ± {100 * statistics.stdev(by_seed):.1f}"
+    return f"{mean} ± {show_score(score, statistics.stdev(by_seed))}"

@@ -17,7 +17,7 @@ Cost of 1,000 steps at the defaults, compilation apart, in minutes of one core (
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -28,7 +28,7 @@ import optax
 from experiments.languages import LANGUAGES, Language
 from experiments.options import TINY_RESULTS, Options, available, model_config
 from experiments.running import Job, main
-from experiments.training import Batch, Scores, language_model
+from experiments.training import Batch, Model, Scores, language_model
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import unknown
 
@@ -108,13 +108,9 @@ def right_strings(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
     return (right_BT | (batch.weights == 0)).all(axis=1)
 
 
-def prepare(cell: LanguageOptions) -> Job:
-    """What one cell computes."""
-    [name], [seed] = cell.languages, cell.seeds
-    language = LANGUAGES[name]
-    config = model_config(cell, vocab_size=len(language.symbols) + 1, length=BINS["bin1"][1], rope_theta=None)
-    model = language_model(config)
-    tests = [held_out(language, bin_name, cell.test_strings) for bin_name in BINS]
+def evaluation(language: Language, count: int, model: Model) -> Callable[[Any], Scores]:
+    """params -> scores of a model on the test strings, `count` per bin."""
+    tests = [held_out(language, bin_name, count) for bin_name in BINS]
     both = Batch(*map(np.concatenate, zip(*tests, strict=True)))  # one batch: one compilation
     measure = jax.jit(lambda params: right_strings(model.apply(params, jnp.asarray(both.tokens)), both))
 
@@ -122,6 +118,16 @@ def prepare(cell: LanguageOptions) -> Job:
         right = np.split(np.asarray(measure(params)), [len(tests[0].tokens)])
         return {bin_name: float(share.mean()) for bin_name, share in zip(BINS, right, strict=True)}
 
+    return evaluate
+
+
+def prepare(cell: LanguageOptions) -> Job:
+    """What one cell computes."""
+    [name], [seed] = cell.languages, cell.seeds
+    language = LANGUAGES[name]
+    config = model_config(cell, vocab_size=len(language.symbols) + 1, length=BINS["bin1"][1], rope_theta=None)
+    model = language_model(config)
+    evaluate = evaluation(language, cell.test_strings, model)
     return Job(name, "", config, model, stream(language, seed, cell.batch_size), loss, evaluate, cell)
 
 

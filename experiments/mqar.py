@@ -13,7 +13,7 @@ Cost of 1,000 steps at the defaults and width 64, compilation apart, in minutes 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.options import TINY_RESULTS, Options, available, model_config
 from experiments.running import Job, main
-from experiments.training import Batch, Scores, cross_entropy, language_model, summed
+from experiments.training import Batch, Model, Scores, cross_entropy, language_model, summed
 from hope_jax.training.errors import UserError
 
 FILLER = 0
@@ -131,12 +131,8 @@ def hits(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
     return jnp.stack([(right_BT * batch.weights).sum(), jnp.asarray(batch.weights).sum()])
 
 
-def prepare(cell: RecallOptions) -> Job:
-    """What one cell computes."""
-    [pairs], [width] = cell.pairs, cell.widths
-    cell = dataclasses.replace(cell, dim=width)
-    config = model_config(cell, vocab_size=cell.vocab, length=cell.length)
-    model = language_model(config)
+def evaluation(cell: RecallOptions, model: Model) -> Callable[[Any], Scores]:
+    """params -> scores of a model on the test sequences of a cell."""
     tests = held_out(cell)
     measure = jax.jit(lambda params, batch: hits(model.apply(params, batch.tokens), batch))
 
@@ -144,6 +140,16 @@ def prepare(cell: RecallOptions) -> Job:
         right, every = summed(measure, params, tests)
         return {"accuracy": float(right / every)}
 
+    return evaluate
+
+
+def prepare(cell: RecallOptions) -> Job:
+    """What one cell computes."""
+    [pairs], [width] = cell.pairs, cell.widths
+    cell = dataclasses.replace(cell, dim=width)
+    config = model_config(cell, vocab_size=cell.vocab, length=cell.length)
+    model = language_model(config)
+    evaluate = evaluation(cell, model)
     return Job(f"{pairs} pairs, D {width}", "", config, model, stream(cell), cross_entropy, evaluate, cell)
 
 

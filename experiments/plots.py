@@ -1,4 +1,4 @@
-"""The report's pictures: bars for every table, and accuracy against state size for associative recall."""
+"""The report's pictures: bars for every table, and curves where a table has something to be drawn against."""
 
 import statistics
 from collections import defaultdict
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import Best, columns_of
-from experiments.published import Table
+from experiments.cells import Best, columns_of, scores_of
+from experiments.published import FROM, Table
+from experiments.training import in_bits
 
 type Cells = Mapping[tuple[str, str], Mapping[str, Best]]
 
@@ -17,7 +18,7 @@ def draw(experiment: str, cells: Cells, table: Table, folder: Path) -> list[Path
     if not cells:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"": bars, "_state": against_state} if experiment == "mqar" else {"": bars}
+    pictures = {"": bars, **CURVES.get(experiment, {})}
     paths = {folder / f"{experiment}{suffix}.png": picture for suffix, picture in pictures.items()}
     for path, picture in paths.items():
         picture(cells, table).savefig(path, dpi=120)
@@ -26,17 +27,25 @@ def draw(experiment: str, cells: Cells, table: Table, folder: Path) -> list[Path
 
 def bars(cells: Cells, table: Table) -> Any:
     """One panel per score, one group per column, one bar per model."""
+    shown = {score for _, column in cells for score in scores_of(table, cells, column)}
+    scores = [score for score in table.scores if score in shown]
     models = sorted({model for model, _ in cells})
     columns = [column for column in columns_of(table, cells) if any((model, column) in cells for model in models)]
-    figure, panels = _figure(len(table.scores), width=1.5 + len(columns))
-    for axes, score in zip(panels, table.scores, strict=True):
+    figure, panels = _figure(len(scores), width=1.5 + len(columns))
+    for axes, score in zip(panels, scores, strict=True):
         for number, model in enumerate(models):
-            mine = {i: cells[model, column] for i, column in enumerate(columns) if (model, column) in cells}
-            heights = [100 * statistics.fmean(best.mean(score) for best in bests.values()) for bests in mine.values()]
-            left = [i + 0.8 * number / len(models) for i in mine]
-            axes.bar(left, heights, 0.8 / len(models), align="edge", label=model)
+            heights = {}
+            for i, column in enumerate(columns):
+                bests = [best for best in cells.get((model, column), {}).values() if best.has(score)]
+                if bests:
+                    heights[i] = statistics.fmean(best.mean(score) for best in bests) * (1 if in_bits(score) else 100)
+            left = [i + 0.8 * number / len(models) for i in heights]
+            axes.bar(left, list(heights.values()), 0.8 / len(models), align="edge", label=model)
         axes.set_xticks([i + 0.4 for i in range(len(columns))], columns, rotation=30, ha="right")
-        axes.set(ylabel=f"{score}, percent", ylim=(0, 105))
+        if in_bits(score):
+            axes.set(ylabel=score)
+        else:
+            axes.set(ylabel=f"{score}, percent", ylim=(0, 105))
     panels[-1].legend(fontsize=7)
     return figure
 
@@ -59,6 +68,27 @@ def against_state(cells: Cells, table: Table) -> Any:
         axes.grid(alpha=0.3)
     panels[-1].legend(fontsize=7)
     return figure
+
+
+def against_position(cells: Cells, table: Table) -> Any:
+    """Bits per byte over the place in the context, a panel per text; the vertical line ends the training length."""
+    columns = columns_of(table, cells)
+    figure, panels = _figure(len(columns), width=6)
+    for axes, column in zip(panels, columns, strict=True):
+        for (model, name), settings in sorted(cells.items()):
+            for best in settings.values() if name == column else ():
+                scores = [score for score in table.scores if score.startswith(FROM) and best.has(score)]
+                begins = [max(1, int(score.removeprefix(FROM))) for score in scores]
+                axes.plot(begins, [best.mean(score) for score in scores], "o-", label=model)
+                axes.axvline(best.records[0].options["length"], color="grey", linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set(title=column, xlabel="bytes of context, at least", ylabel="bits per byte")
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
+CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
 
 
 def _figure(panels: int, *, width: float) -> tuple[Any, Sequence[Any]]:

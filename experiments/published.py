@@ -31,6 +31,9 @@ def _rows(columns: tuple[str, ...], rows: dict[str, str]) -> dict[str, dict[str,
 
 _LANGUAGES = ("parity", "(aa)*", "(abab)*", "a^n b^n", "a^n b^n c^n", "Shuffle-2")
 _MAD = ("compression", "in_context_recall", "fuzzy_recall", "selective_copying", "memorisation")
+_NEEDLES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
+_ABLATION = ("text of the paper, perplexity", "reasoning of the paper")
+FROM = "bits_from_"  # scores of this name and a place in the context
 
 TABLES = {
     "formal_languages": Table(
@@ -72,6 +75,68 @@ TABLES = {
         source=f"{PAPER}, Table 4; number of settings from arXiv:2403.17844",
         note="A number is the mean over the settings that have records, [n of m] says how many; compare it with the "
         "published one when all are there. Model sizes of the published rows are not given.",
+    ),
+    "niah": Table(
+        title="Needles in a haystack: values generated right, at 1 / 2 / 4 times the training length, percent",
+        scores=("values_1x", "values_2x", "values_4x"),
+        best=("values_1x", "values_2x", "values_4x"),
+        columns=_NEEDLES,
+        published=_rows(
+            _NEEDLES,
+            {
+                "transformer": "88.6 / 76.4 / 79.8 | 100 / 98.8 / 94.2 | 78.0 / 69.2 / 40.8 | 79.4 / 83.0 / 61.4 | "
+                "58.9 / 48.0 / 29.8 | 37.5 / 34.1 / 21.5",
+                "hope_attention": "100 / 100 / 100 | 100 / 98.4 / 94.4 | 76.8 / 68.8 / 42.4 | 80.2 / 84.8 / 60.8 | "
+                "60.4 / 47.8 / 30.6 | 35.2 / 34.4 / 24.8",
+                "rwkv7": "100 / 100 / 99.6 | 93.8 / 44.8 / 12.6 | 63.8 / 13.2 / 5.8 | 21.4 / 18.8 / 9.6 | "
+                "20.4 / 14.8 / 8.6 | 16.2 / 13.4 / 6.8",
+                "comba": "100 / 100 / 99.4 | 92.6 / 47.2 / 13.4 | 62.4 / 13.8 / 7.4 | 21.4 / 19.4 / 8.2 | "
+                "21.8 / 15.2 / 6.4 | 16.5 / 13.5 / 7.2",
+                "dla": "96.4 / 71.2 / 44.0 | 79.6 / 42.6 / 28.2 | 18.2 / 8.8 / 4.0 | 27.4 / 20.0 / 11.8 | "
+                "26.4 / 22.0 / 6.4 | 25.6 / 12.8 / 9.6",
+                "titans": "100 / 100 / 100 | 99.6 / 84.6 / 75.4 | 74.2 / 42.8 / 21.2 | 26.4 / 23.6 / 8.2 | "
+                "22.8 / 19.8 / 9.4 | 24.6 / 15.1 / 8.2",
+                "hope": "100 / 100 / 100 | 99.2 / 88.4 / 78.2 | 73.2 / 46.2 / 24.8 | 29.4 / 24.8 / 14.8 | "
+                "31.7 / 24.8 / 14.2 | 31.4 / 17.2 / 11.4",
+            },
+        ),
+        source=f"{PAPER}, Table 1, at 4K / 8K / 16K tokens",
+        note="The published models are language models trained on 50B tokens of long documents; ours are trained on "
+        "the task alone, at a length of hundreds of bytes. Only orderings can be compared.",
+    ),
+    "babilong": Table(
+        title="bAbI in long texts: answers right at the training length / 4K / 16K / 64K / 256K / 1M / 10M, percent",
+        scores=tuple(f"exact_{length}" for length in ("train", "4K", "16K", "64K", "256K", "1M", "10M")),
+        best=("exact_train", "exact_4K"),
+        note="The paper shows this experiment as a plot only. Lengths are in bytes; a length that no model was tested "
+        "on is left out.",
+    ),
+    "ablation": Table(
+        title="Hope without one of its parts: text in bits per byte; queries and strings of 2-50 / 51-100, percent",
+        scores=("bits_per_byte", "accuracy", "bin0", "bin1"),
+        best=("bits_per_byte", "accuracy", "bin1"),
+        columns=_ABLATION,
+        published=_rows(
+            _ABLATION,
+            {
+                "reference": "12.24 | 58.1",
+                "w/o DGD": "13.41 | 56.5",
+                "w/o momentum": "13.58 | 56.9",
+                "w/o weight decay": "13.71 | 57.2",
+                "w/o CMS": "13.04 | 57.3",
+                "static k": "13.77 | 56.9",
+                "static v": "13.90 | 55.1",
+                "static q": "12.19 | 57.4",
+            },
+        ),
+        source=f"{PAPER}, Table 6, a perplexity and an accuracy",
+        note="Only the signs of differences to the reference can be compared.",
+    ),
+    "context_use": Table(
+        title="Bits per byte: of all places, and of places with 0-15 / 16-31 / 32-63 / 64-127 / ... bytes of context",
+        scores=("bits", f"{FROM}0", *(f"{FROM}{2**i}" for i in range(4, 24))),
+        best=("bits",),
+        note="The paper shows this experiment as a plot only. See plots/context_use_curve.png.",
     ),
     "mqar": Table(
         title="Multi-query associative recall: accuracy at queries, percent",

@@ -23,7 +23,7 @@ class Record:
 
     Attributes:
       experiment: module below `experiments`.
-      model: row of the table.
+      model: row of the table: the model, or the variant of it.
       column: column of the table.
       setting: difficulty setting within the column; a column is the mean over its settings.
       seed: of parameters and training data.
@@ -36,7 +36,7 @@ class Record:
       cpu_seconds: of processor time in `seconds`, over all cores.
       compile_seconds: of the first step.
       tokens_per_second: of training steps.
-      scores: shares between 0 and 1; empty when the run failed.
+      scores: shares between 0 and 1, or bits per byte (`training.in_bits`); empty when the run failed.
       curve: [step, scores] of every evaluation.
       failed: why there are no scores, or None.
       machine: processor, jax, Python.

@@ -10,17 +10,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments import plots
-from experiments.cells import Best, columns_of, show, table_cells
+from experiments.cells import NONE, Best, columns_of, scores_of, show, table_cells
 from experiments.options import RESULTS
 from experiments.published import TABLES, Table
 from experiments.records import Record, read_all
 from hope_jax.training.errors import UserError
 
-NONE = "–"
 HEAD = """# Results
 
 Written by `python -m experiments.report` from the records in `results/`; numbers with "published" are those of the
-source named under the table. ± is the standard deviation over seeds. "–": not computed.
+source named under the table. ± is the standard deviation over seeds. "–": not computed. Scores named "bits" are bits
+per byte, fewer are better; all others are percent.
 """
 
 
@@ -81,9 +81,10 @@ def _section(experiment: str, records: Sequence[Record], machines: Sequence[str]
 def _table(table: Table, cells: dict[tuple[str, str], dict[str, Best]]) -> list[str]:
     """One row per model, and one below it with the published numbers where there are any."""
     columns = columns_of(table, cells)
+    tables = {column: table._replace(scores=scores_of(table, cells, column)) for column in columns}
     rows = []
     for model in dict.fromkeys([*table.published, *sorted({model for model, _ in cells})]):
-        ours = [show(cells[model, column], table, column) if (model, column) in cells else NONE for column in columns]
+        ours = [show(cells[model, c], tables[c], c) if (model, c) in cells else NONE for c in columns]
         rows.append([model, *ours])
         if model in table.published:
             rows.append([f"{model}, published", *(table.published[model].get(column, NONE) for column in columns)])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from rich.console import Console
 
 from experiments import records
@@ -30,6 +31,8 @@ class Job(NamedTuple):
     loss: Callable[[jax.Array, Batch], jax.Array]
     evaluate: Callable[[Any], Scores]
     cell: Options  # the cell, with what the task decides itself (steps, width)
+    row: str = ""  # of the table; "": the model's name
+    tx: optax.GradientTransformation | None = None  # the optimizer; None: `training.optimizer`
 
 
 def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], Job]) -> None:
@@ -73,11 +76,11 @@ def run(experiment: str, options: Options, prepare: Callable[[Any], Job], consol
 def compute(experiment: str, cell: Options, job: Job, label: str, console: Console) -> Record:
     """Trains and scores one cell."""
     [name], [seed] = cell.models, cell.seeds
-    trained = train(job.model, job.batches, job.loss, job.evaluate, job.cell, label=label, console=console)
+    trained = train(job.model, job.batches, job.loss, job.evaluate, job.cell, tx=job.tx, label=label, console=console)
     speed = trained.tokens_per_second
     return Record(
         experiment=experiment,
-        model=name,
+        model=job.row or name,
         column=job.column,
         setting=job.setting,
         seed=seed,

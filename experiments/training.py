@@ -113,10 +113,11 @@ def train(
     evaluate: Callable[[Any], Scores],
     cell: Options,
     *,
+    tx: optax.GradientTransformation | None = None,
     label: str = "",
     console: Console | None = None,
 ) -> Trained:
-    """Trains until `steps`, or until every score reaches `stop_at`.
+    """Trains until `steps`, or until every share among the scores reaches `stop_at`.
 
     Args:
       model: what is trained.
@@ -124,6 +125,7 @@ def train(
       loss: (outputs, batch) -> scalar.
       evaluate: params -> scores, called every `eval_every` steps and at the end.
       cell: the options of one cell.
+      tx: the optimizer; None takes that of `optimizer(cell)`.
       label: name of the run, for the display.
       console: where to show progress; None shows nothing.
 
@@ -131,7 +133,7 @@ def train(
       A `Trained`. A loss or gradient that is infinite or not a number ends the run; `failed` says at which step.
     """
     [seed] = cell.seeds
-    tx = optimizer(cell)
+    tx = tx or optimizer(cell)
     step = make_step(model, loss, tx)
     params, opt_state = start(model, tx, seed)
     batch = next(batches)
@@ -152,7 +154,7 @@ def train(
             if taken % cell.eval_every == 0 or taken == cell.steps:
                 curve.append((taken, evaluate(params)))
                 display.evaluated(taken, curve[-1][1])
-                if cell.stop_at is not None and min(curve[-1][1].values()) >= cell.stop_at:
+                if cell.stop_at is not None and _all_reach(curve[-1][1], cell.stop_at):
                     break
     seconds, cpu_seconds = (sum(column[1:]) for column in zip(*times, strict=True))
     speed = batch.tokens.size * (len(times) - 1) / seconds if seconds else None
@@ -165,9 +167,28 @@ def summed(measure: Callable[[Any, Batch], Any], params: Any, batches: Sequence[
     return jax.tree.map(lambda *leaves: np.sum([np.asarray(leaf) for leaf in leaves], axis=0), *counts)
 
 
+def in_bits(score: str) -> bool:
+    """Whether a score of this name is a number of bits per byte, of which fewer are better, and not a share."""
+    return score.startswith("bits")
+
+
+def show_score(score: str, value: float) -> str:
+    """Shares in percent, bits as they are.
+
+    >>> show_score("accuracy", 0.982), show_score("bits_per_byte", 2.4876)
+    ('98.2', '2.488')
+    """
+    return f"{value:.3f}" if in_bits(score) else f"{100 * value:.1f}"
+
+
 def percent(scores: Mapping[str, float]) -> str:
-    """ "bin0 98.2  bin1 10.1" for scores that are shares."""
-    return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+    """ "bin0 98.2  bin1 10.1" for shares; bits are not in percent."""
+    return "  ".join(f"{name} {show_score(name, value)}" for name, value in scores.items())
+
+
+def _all_reach(scores: Scores, least: float) -> bool:
+    shares = [value for name, value in scores.items() if not in_bits(name)]
+    return bool(shares) and min(shares) >= least
 
 
 def say(console: Console, text: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments.cells import show, table_cells
+from experiments.cells import scores_of, show, table_cells
 from experiments.published import TABLES, Table
 from experiments.records import Record, write
 from experiments.report import NONE, ReportOptions, report
@@ -57,6 +57,24 @@ def test_the_best_configuration_is_the_best_mean_over_its_seeds():
 def test_a_failed_seed_counts_as_nothing_right():
     failed = record(0.1, 1, {}, failed="not finite at step 3")
     assert cell([record(0.1, 0, {"bin0": 1.0, "bin1": 1.0}), failed]) == "50.0 ± 70.7 / 50.0 ± 70.7"
+
+
+def test_fewer_bits_are_better_and_a_failed_run_knows_nothing():
+    """Bits are shown as they are; the raw byte has 8."""
+    table = Table("", ("bits",), ("bits",))
+    runs = [record(rate, seed, {"bits": 2.0 + rate + seed}) for rate in (0.1, 0.2) for seed in (0, 1)]
+    assert cell(runs, table) == "2.600 ± 0.707"
+    failed = record(0.1, 1, {}, failed="not finite at step 3")
+    assert cell([runs[0], failed], table) == "5.050 ± 4.172"
+
+
+def test_a_score_that_was_not_measured_is_no_zero():
+    """Left out where no row has it, a dash where only this one does not."""
+    table = Table("", ("short", "long", "never"), ("short",))
+    runs = [record(scores={"short": 1.0}), record(scores={"short": 0.5, "long": 0.25}, model="lstm")]
+    cells = table_cells(runs, table)
+    shown = table._replace(scores=scores_of(table, cells, "parity"))
+    assert [show(cells[model, "parity"], shown, "parity") for model in ("hope", "lstm")] == ["100.0 / –", "50.0 / 25.0"]
 
 
 def test_one_seed_has_no_spread():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import formal_languages, mad, mqar, records
+from experiments import ablation, babilong, context_use, formal_languages, mad, mqar, niah, records
 from experiments.options import Options, cells, command, fingerprint, from_command_line, model_config
 from experiments.running import Job, main, run
 from experiments.training import Batch, Model, cross_entropy, language_model, make_step, optimizer, start, state_bytes
@@ -20,7 +20,8 @@ from hope_jax.models import count_parameters
 from hope_jax.training.errors import UserError
 
 CELL = Options(models=("transformer",), steps=40, eval_every=10, batch_size=8, dim=8, layers=1, warmup=2)
-EXPERIMENTS = {"formal_languages": formal_languages.TINY, "mqar": mqar.TINY, "mad": mad.TINY}
+EXPERIMENTS = {"formal_languages": formal_languages.TINY, "mqar": mqar.TINY, "mad": mad.TINY, "niah": niah.TINY}
+EXPERIMENTS |= {"babilong": babilong.TINY, "ablation": ablation.TINY, "context_use": context_use.TINY}
 
 
 def constant_batches():
