@@ -13,7 +13,11 @@ Stories come from a generator of three of the tasks (`babi`), or from the files 
 is real text, of which training and test see different halves. A length is tested on as many documents as
 `test_bytes` allow, four of 1M: raise it for numbers to be compared. Task: Kuratov et al. 2024, arXiv:2406.10149.
 
-COST
+Cost in minutes of one core (AMD EPYC), compilation apart: 1,000 steps 17 (transformer), 26 (hope); reading 4 MiB, which
+is one of the longer tests, 1 (gated_delta_net, titans), 2 to 4 (hope). A document of 10M bytes took gated_delta_net 3
+minutes, with a peak memory of the process of 443 MiB against 439 MiB for one of 4K. Attention pays for its cache with
+every byte: a cache of 16K is 16 times as dear as the default. Of the stories in bAbI's files 37% of qa2 and 6% of qa3
+are short enough for the default length, with `--length 2048` 100% and 63%.
 """
 
 import dataclasses
@@ -64,7 +68,7 @@ class LongOptions(Options):
     data: str = "embedded"
     test_documents: int = 96
     test_bytes: int = 2**22
-    cache: int = 2**14
+    cache: int = 2**12
 
     GRID: ClassVar[tuple[str, ...]] = ("tasks", *Options.GRID)
 

@@ -11,7 +11,8 @@ at one place, and one model between places only by what exceeds the spread of th
 
 The report draws the curves (plots/context_use_curve.png).
 
-COST
+Cost of 1,000 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 10 (transformer), 11 (hope).
+The held-out text has 6.9 bits per byte at every place after 6 steps; a curve with a slope needs some hundreds.
 """
 
 import dataclasses

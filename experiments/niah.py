@@ -9,10 +9,10 @@ right from the first to the last character; "exact_2x" is the share of answers w
 that of characters in their place. Constructions: `needles`. Essay filler is real text, of which training and test
 documents see different halves. RULER's tasks: Hsieh et al. 2024, arXiv:2404.06654.
 
-A value is copied digit by digit, so first the induction that copies has to be learned; short values
-(`--digits 3`) show earlier what a model will do.
-
-COST
+Cost of 1,000 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 5 (transformer, delta_net),
+10 (hope). A value is copied digit by digit, so the induction that copies has to be learned first, and short values
+show earlier what a model will do: with `--digits 3 --steps 600` delta_net has 49% of the characters of S-NIAH-1 and 6%
+of the values right (seed 0), still rising.
 """
 
 import dataclasses
