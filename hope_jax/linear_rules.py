@@ -120,7 +120,9 @@ def linear_form(
         # the floor of alpha is one rounding below zero, within log1p, so that alpha = 0 has finite gradients
         log_alpha = jnp.log1p(jnp.maximum(u_p, float(jnp.finfo(u_p.dtype).epsneg) - 1)) if forgets else None
         log_mu = gate({"mu": m_m}, "log_mu", shape) if has_momentum else None
-        return Recurrence(error.key, (u_g[..., None] * error.delta).astype(error.delta.dtype), None, log_alpha, log_mu)
+        return Recurrence(
+            error.key, (u_g[..., None] * error.delta).astype(jnp.result_type(error.delta)), None, log_alpha, log_mu
+        )
 
     def recurrences(errors: Any, given: Gates) -> Any:
         outers = treedef.flatten_up_to(errors)

@@ -116,7 +116,7 @@ def dgd(
         erase = eta if decays else None
         if erase is not None and decayed_erase and log_alpha is not None:
             erase = erase * jnp.exp(log_alpha)
-        write = (-eta[..., None] * error.delta).astype(error.delta.dtype)
+        write = (-eta[..., None] * error.delta).astype(jnp.result_type(error.delta))
         return Recurrence(error.key, write, erase, log_alpha, log_mu_of(gates, shape))
 
     def recurrences(errors: Any, gates: Gates) -> Any:

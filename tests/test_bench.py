@@ -185,7 +185,7 @@ def test_static_figures_are_labelled(monkeypatch, capsys):
         (["--mode", "backward"], "unknown mode 'backward'; did you mean 'forward'?"),
         (["--op", "mlp_memory", "--impl", "pallas_tpu"], "unknown implementation 'pallas_tpu'"),
         (["--op", "mlp_memory", "--static", "v6e"], "mlp_memory has no kernel for TPUs yet"),
-        (["--shape", "titans_layer", "--impl", "pallas_tpu"], "pallas_tpu is not of an operation with titans_layer"),
+        (["--shape", "titans_layer", "--impl", "pallas_tpu"], "nothing implements pallas_tpu here"),
         (["--static", "v7"], "unknown chip 'v7'"),
         (["--static", "v6e", "--shape", "short"], "leave out --shape"),
         (["--shape", "layer_momentum", "--impl", "straightforward"], "it is written for erase and decay"),

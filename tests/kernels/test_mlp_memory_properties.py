@@ -49,6 +49,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_the_group_changes_nothing(arguments):
     """Six chunks, the last one cut short: groups that divide them, that do not, and one larger than all."""
     out, slope = call(XLA, group=1)(**arguments), gradient(group=1)(arguments)
@@ -111,6 +112,7 @@ def test_vmap_is_a_batch(arguments):
     assert_close(jax.jit(slope)(arguments), gradient()(arguments))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_knows_the_states_by_name(arguments):
     op = partial(mlp_memory, implementation=XLA, chunk_size=SPEC.chunk_size)
     for policy in (None, jax.checkpoint_policies.save_only_these_names("mlp_memory_states")):
@@ -132,6 +134,7 @@ def temporaries(tokens, **static) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_the_gradient_is_linear_in_time():
     """2 K F numbers for every `group` chunks, beside some twelve arrays like the keys."""
     lengths = (256, 512, 768)

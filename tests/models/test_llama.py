@@ -138,6 +138,7 @@ def test_the_imported_model_is_the_plain_forward_pass(name, tmp_path, rng):
         np.testing.assert_allclose(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stacked_levels_start_at_the_imported_function(tmp_path, rng):
     """Exactly at learning rate 0; to rounding with steps that change no bit of a weight; and else they do adapt."""
     _save(tmp_path, FIELDS, _weights(tied=False))
