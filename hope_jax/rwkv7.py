@@ -42,25 +42,6 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
     """
     width, rank = dim // heads, rank or max(dim // 16, 8)
 
-    def init(key: jax.Array) -> Params:
-        keys = iter(jax.random.split(key, 10))
-        normal = lambda shape, scale: scale * jax.random.normal(next(keys), shape)  # noqa: E731
-
-        def small(bias: jax.Array) -> Params:
-            return {"w1": normal((dim, rank), dim**-0.5), "w2": normal((rank, dim), 0.1 * rank**-0.5), "bias": bias}
-
-        return {
-            **{f"w{name}": normal((dim, dim), dim**-0.5) for name in ("r", "k", "v")},
-            "shift": {f"{name}_scale": jnp.full(dim, 0.5) for name in _SHIFTED},
-            "decay": small(jnp.linspace(-6.0, -1.0, dim)),
-            "rate": small(jnp.zeros(dim)),
-            "gate": small(jnp.zeros(dim)),
-            "removal": {"scale": jnp.full(dim, 0.85)},
-            "replacement": {"scale": jnp.ones(dim)},
-            "bonus": {"scale": jnp.zeros(dim)},
-            "norm": {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)},
-        }
-
     def init_state(params: Params) -> RWKV7State:
         dtype = params["wk"].dtype
         return RWKV7State(jnp.zeros((heads, width, width), dtype), jnp.zeros(dim, dtype))
@@ -103,7 +84,28 @@ def rwkv7(dim: int, heads: int, rank: int | None = None) -> SequenceLayer:
         last = jnp.concatenate([state.last[None], x_TD])[-1]
         return RWKV7State(out.state[0], last), y_TD.astype(r_TD.dtype)
 
-    return SequenceLayer(init, init_state, apply)
+    return SequenceLayer(lambda key: _init(key, dim, rank), init_state, apply)
+
+
+def _init(key: jax.Array, dim: int, rank: int) -> Params:
+    """Outer parameters; the decays of the channels are spread over short and long memories."""
+    keys = iter(jax.random.split(key, 10))
+    normal = lambda shape, scale: scale * jax.random.normal(next(keys), shape)  # noqa: E731
+
+    def small(bias: jax.Array) -> Params:
+        return {"w1": normal((dim, rank), dim**-0.5), "w2": normal((rank, dim), 0.1 * rank**-0.5), "bias": bias}
+
+    return {
+        **{f"w{name}": normal((dim, dim), dim**-0.5) for name in ("r", "k", "v")},
+        "shift": {f"{name}_scale": jnp.full(dim, 0.5) for name in _SHIFTED},
+        "decay": small(jnp.linspace(-6.0, -1.0, dim)),
+        "rate": small(jnp.zeros(dim)),
+        "gate": small(jnp.zeros(dim)),
+        "removal": {"scale": jnp.full(dim, 0.85)},
+        "replacement": {"scale": jnp.ones(dim)},
+        "bonus": {"scale": jnp.zeros(dim)},
+        "norm": {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)},
+    }
 
 
 def _unit(x: jax.Array) -> jax.Array:
