@@ -21,14 +21,6 @@ _JIT = ("jit", "pjit")
 _REMAT = ("checkpoint", "remat2")
 
 
-class _Factors(NamedTuple):
-    """What the one product of a layer leaves behind, beside the weight's own leading axes."""
-
-    tokens: int  # C
-    key_dtype: Any
-    delta_dtype: Any
-
-
 class _Layer(NamedTuple):
     """A weight on its way to its product, and zeros whose gradient will be the factors."""
 
@@ -53,8 +45,13 @@ def value_and_factors(loss: Callable, has_aux: bool = False) -> Callable:
         any of these for a loss that is a mean           optax.chain(mean_factors(), ...)
 
     and that of the other leaves any transformation: `optax.partition` with `factor_labels`. Transformations that do
-    not know factors come after `dgd`, or inside `minibatch`. A `flax.nnx` model is a function of `nnx.split` and
-    `nnx.merge`, or of `hope_jax.models.functional`. Wrap the call in `jax.jit`, as any training step.
+    not know factors come after `dgd` (`heavy_ball`) or inside `minibatch`. At rest `dgd` has y = -delta, outputs as
+    large as the errors: for larger ones, those of a classifier, give it a multiple of the loss and a smaller eta.
+    Wrappers that sum gradients over steps, `every` and `optax.MultiSteps`, cannot sum factors; inside `minibatch` they
+    see gradients, but the `gram` of the last step alone.
+
+    A `flax.nnx` model is a function of its `nnx.split` state, or of `hope_jax.models.functional`'s dict. Wrap the call
+    in `jax.jit`, as any training step.
 
     Args:
         loss: `loss(params, *args, **kwargs)` -> scalar, or (scalar, aux).
@@ -191,17 +188,17 @@ def local_surprise(loss: Callable, params: Params, *args: Any, **kwargs: Any) ->
     return jax.tree.map(surprise, errors, is_leaf=is_outer)
 
 
-def _trace(loss: Callable, params: Params, args: tuple, kwargs: dict) -> tuple[Any, Any, dict[int, _Factors]]:
+def _trace(loss: Callable, params: Params, args: tuple, kwargs: dict) -> tuple[Any, Any, dict[int, Outer]]:
     """The loss as a jaxpr of the parameters' leaves, the structure of what it returns, and its layers by leaf."""
     leaves, treedef = jax.tree.flatten(params)
     flat = lambda leaves: loss(treedef.unflatten(leaves), *args, **kwargs)  # noqa: E731
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves)
-    found: dict[int, _Factors | None] = {}
+    found: dict[int, Outer | None] = {}
     _find(jaxpr.jaxpr, range(len(leaves)), found)
     return jaxpr, jax.tree.structure(shapes), {i: f for i, f in found.items() if f is not None}
 
 
-def _find(jaxpr: Any, leaves: Sequence[int | None], found: dict[int, _Factors | None]) -> list[int | None]:
+def _find(jaxpr: Any, leaves: Sequence[int | None], found: dict[int, Outer | None]) -> list[int | None]:
     """Enter each weight's one product into `found`, or None if it is used in any other way.
 
     Args:
@@ -284,9 +281,6 @@ def _product(eqn: Any, values: list) -> jax.Array:
     """x @ w with the factors as the gradient of the slot."""
     at = 1 if isinstance(values[1], _Layer) else 0
     layer, x = values[at], values[1 - at]
-    dims, batch_dims = eqn.params["dimension_numbers"]
-    summed, batch = dims[1 - at], batch_dims[1 - at]
-    tokens = [i for i in range(x.ndim) if i not in summed and i not in batch]
 
     def dot(x: jax.Array, w: jax.Array) -> jax.Array:
         return _bind(eqn, [x, w] if at else [w, x])[0]
@@ -303,28 +297,52 @@ def _product(eqn: Any, values: list) -> jax.Array:
     def backward(saved: tuple, delta: jax.Array) -> tuple:
         x, w = saved
         (x_error,) = jax.linear_transpose(lambda x: dot(x, w), x)(delta)
-        delta = delta if at else jnp.moveaxis(delta, len(batch), -1)
-        key = jnp.transpose(x, (*batch, *tokens, *summed))
-        return x_error, None, Outer(delta.reshape(layer.slot.delta.shape), key.reshape(layer.slot.key.shape))
+        return x_error, None, _flat(eqn, at, x, delta)
 
     product.defvjp(forward, backward)
     return product(x, *layer)
 
 
-def _factors(eqn: Any, at: int) -> _Factors | None:
-    """What operand `at` of a product leaves behind if it is the matrix [..., K, V] of x @ w, else None."""
-    w, x = eqn.invars[at].aval, eqn.invars[1 - at].aval
-    dims, batch_dims = eqn.params["dimension_numbers"]
-    leading = len(batch_dims[at])
-    if w.ndim != leading + 2 or tuple(dims[at]) != (leading,) or tuple(batch_dims[at]) != tuple(range(leading)):
+def _factors(eqn: Any, at: int) -> Outer | None:
+    """Shapes of the factors if operand `at` of a product is the matrix [..., K, V] of x @ w, else None."""
+    w = eqn.invars[at].aval
+    dims, batch = (side[at] for side in eqn.params["dimension_numbers"])
+    leading = len(batch)
+    if w.ndim != leading + 2 or tuple(dims) != (leading,) or tuple(batch) != tuple(range(leading)):
         return None
-    tokens = math.prod(n for i, n in enumerate(x.shape) if i not in dims[1 - at] and i not in batch_dims[1 - at])
-    return _Factors(tokens, x.dtype, eqn.outvars[0].aval.dtype)
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding(a))
+        for a in (eqn.invars[1 - at].aval, eqn.outvars[0].aval)
+    ]
+    return jax.eval_shape(lambda x, y: _flat(eqn, at, x, y), *shapes)
 
 
-def _slot(w: Any, factors: _Factors) -> Outer:
-    zeros = lambda width, dtype: jnp.zeros((*w.shape[:-2], factors.tokens, width), dtype)  # noqa: E731
-    return Outer(zeros(w.shape[-1], factors.delta_dtype), zeros(w.shape[-2], factors.key_dtype))
+def _flat(eqn: Any, at: int, x: jax.Array, y: jax.Array) -> Outer:
+    """Input and output (or its error) of a product with their axes in order: [..., C, K] and [..., C, V]."""
+    summed, batch = (side[1 - at] for side in eqn.params["dimension_numbers"])
+    tokens = [i for i in range(x.ndim) if i not in summed and i not in batch]
+    count = math.prod(x.shape[i] for i in tokens)
+    x = jnp.transpose(x, (*batch, *tokens, *summed))
+    y = y if at else jnp.moveaxis(y, len(batch), -1)
+    flat = lambda a: a.reshape(*a.shape[: len(batch)], count, a.shape[-1])  # noqa: E731
+    return Outer(flat(y), flat(x))
+
+
+def _slot(w: Any, factors: Outer) -> Outer:
+    """Zeros like the factors, below the leading axes of the weight that a scan has taken off; sharded like them."""
+
+    def zeros(like: Any) -> jax.Array:
+        shape = (*w.shape[:-2], *like.shape[-2:])
+        sharding = _sharding(like)
+        spec = None if sharding is None else jax.P(*[None] * (len(shape) - len(like.shape)), *sharding.spec)
+        return jnp.zeros(shape, like.dtype, out_sharding=spec)
+
+    return jax.tree.map(zeros, factors)
+
+
+def _sharding(a: Any) -> Any:
+    """The sharding that is part of an array's type, on a mesh with Explicit axes; else None."""
+    return None if a.sharding is None or a.sharding.mesh.empty else a.sharding
 
 
 def _scan_axes(eqn: Any) -> tuple[int, int]:

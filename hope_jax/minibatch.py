@@ -47,7 +47,7 @@ def minibatch(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     def gradient(error: Any, like: Any) -> Any:
         if not is_outer(error):
             return error
-        return product(error.key, error.delta).astype(error.delta.dtype if like is None else like.dtype)
+        return product(error.key, error.delta).astype(jnp.result_type(error.delta if like is None else like))
 
     def update(updates: Any, state: Any, params: Params = None, **extra: Any):
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_outer)

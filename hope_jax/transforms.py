@@ -158,7 +158,10 @@ def dgd(
             return from_factors(updates, state, params, gates)
         grams = grams_of(updates, gram, inputs)
         if momentum is not None or input_leaf is not None:
-            raise TypeError("dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients")
+            raise TypeError(
+                "dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients; for momentum "
+                "from step to step put heavy_ball(mu) behind dgd"
+            )
         steps = map(from_gram, leaves, grams, treedef.flatten_up_to(params), [gates] * len(leaves))
         return treedef.unflatten(steps), state
 
