@@ -41,9 +41,11 @@ What is known by other names is an arrangement of these (each line is proven in 
 """
 
 from hope_jax.attention import softmax_attention
+from hope_jax.capture import LocalSurprise, factor_labels, local_surprise, value_and_factors
 from hope_jax.cms import cms, cms_chain, cms_memory, cms_mixture, slow_period
 from hope_jax.levels import level
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
+from hope_jax.minibatch import add_delta_decay, mean_factors, minibatch
 from hope_jax.miras import memora, miras, moneta, yaad
 from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
@@ -85,6 +87,7 @@ from hope_jax.types import (
 __all__ = [
     "Level",
     "LevelState",
+    "LocalSurprise",
     "Memory",
     "Nest",
     "NestState",
@@ -94,6 +97,7 @@ __all__ = [
     "SequenceLayer",
     "Tokens",
     "Write",
+    "add_delta_decay",
     "atlas",
     "closed_loop",
     "cms",
@@ -108,6 +112,7 @@ __all__ = [
     "dgd_attention",
     "dot_product",
     "every",
+    "factor_labels",
     "gated_delta_net",
     "gated_linear_attention",
     "gram",
@@ -119,9 +124,12 @@ __all__ = [
     "linear_attention",
     "linear_attention_pp",
     "linear_memory",
+    "local_surprise",
     "longhorn",
     "lp_regression",
+    "mean_factors",
     "memora",
+    "minibatch",
     "miras",
     "mlp_memory",
     "moneta",
@@ -137,5 +145,6 @@ __all__ = [
     "softmax_attention",
     "titans_lmm",
     "ttt_linear",
+    "value_and_factors",
     "yaad",
 ]
