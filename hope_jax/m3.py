@@ -116,7 +116,7 @@ def scale_by_m3(
         for weight, scale in zip(weights, state.slow, strict=True):
             direction = jax.tree.map(lambda d, o, w=weight: d + w * o, direction, scale.direction)
         if square is not None:
-            unbiased = 1 if literal else 1 / (1 - b2 ** count.astype(jnp.float32))
+            unbiased = 1 if literal else 1 / (1 - b2**count)
             direction = jax.tree.map(lambda d, v: d / (safe_sqrt(v * unbiased) + eps), direction, square)
         if not literal:
             direction = jax.tree.map(lambda d: with_rms(d, RHO, eps), direction)
