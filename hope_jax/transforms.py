@@ -179,7 +179,9 @@ def dgd(
         if decay:
             pull = (alpha if decayed_erase else 1.0) * (a @ s) + g
         if exact and decay:
-            step = jnp.linalg.solve(jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape) + eta * a, pull)
+            wide = jnp.promote_types(s.dtype, jnp.float32)  # no solver takes less
+            matrix = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=wide), a.shape) + eta * a
+            step = jnp.linalg.solve(matrix.astype(wide), pull.astype(wide))
         elif exact:
             step = pull / (1 + eta * jnp.trace(a, axis1=-2, axis2=-1)[..., None, None])
         else:
@@ -213,7 +215,7 @@ def retention(alpha: float | None = None, towards: str = "zero") -> optax.Gradie
 
     Reference: spec 2.4; Titans' forgetting gate is 1 - alpha.
     """
-    if alpha is not None and not 0 < alpha <= 1:
+    if isinstance(alpha, Real) and not 0 < alpha <= 1:
         raise ValueError(f"alpha is the RETAINED fraction and must lie in (0, 1]; got {alpha}")
     if towards not in ("zero", "start"):
         raise ValueError(f'retention goes towards "zero" or "start"; got {towards!r}')
@@ -259,7 +261,7 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
 
     Reference: Titans T-9, T-10; paper (33); spec S5.1.
     """
-    if mu is not None and not 0 <= mu < 1:
+    if isinstance(mu, Real) and not 0 <= mu < 1:
         raise ValueError(f"mu must lie in [0, 1); got {mu}")
 
     def init(params: Params) -> HeavyBallState:

@@ -190,6 +190,21 @@ def test_defaults_are_m3():
     assert written == [False] * 31 + [True] * 2
 
 
+@pytest.mark.parametrize("options", [{}, {"divide": True}, {"mode": "literal"}, {"mode": "literal", "eps": 1e-8}])
+def test_zero_gradients_have_a_finite_outer_gradient(options):
+    """With every square root of the options at zero."""
+    tx: Any = scale_by_m3(scales=(1, 2), ns=("quintic", 1), **options)
+
+    def outer(g):
+        u, state = tx.update(g, tx.init(g))
+        v, _ = tx.update(g, state)
+        return jnp.sum(u + 2 * v)
+
+    value, slope = compiled(jax.value_and_grad(outer))(jnp.zeros((2, 3)))
+    assert value == 0
+    assert np.all(np.isfinite(slope)) and np.all(slope != 0)
+
+
 def test_one_scale_is_muon_with_steps_of_equal_rms(rng):
     """Against `optax.contrib.muon`, whose width factor the rms replaces."""
     g = [jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for _ in range(3)]
