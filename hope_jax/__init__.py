@@ -37,21 +37,26 @@ What is known by other names is an arrangement of these (each line is proven in 
     nested CMS              the same, each level followed by level(cms_memory, tx_{l+1}, C_{l+1}, restarts=True)
     independent CMS         the same levels side by side: x + sum of softmax(logits)_l MLP_l(norm(x))
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
+    M3 (75)                 levels of clocks 1 and f whose data are gradients, read through newton_schulz: m3
     MLP block               a level with learning rate 0
 """
 
+from hope_jax.adamuon import adamuon, scale_by_adamuon
 from hope_jax.attention import softmax_attention
 from hope_jax.capture import LocalSurprise, factor_labels, local_surprise, value_and_factors
 from hope_jax.cms import cms, cms_chain, cms_memory, cms_mixture, slow_period
 from hope_jax.levels import level
+from hope_jax.m3 import m3, scale_by_m3
+from hope_jax.matrix_parameters import hidden_matrices
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
 from hope_jax.minibatch import add_delta_decay, mean_factors, minibatch
 from hope_jax.miras import memora, miras, moneta, yaad
 from hope_jax.nesting import nest
+from hope_jax.newton_schulz import newton_schulz
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
 from hope_jax.oja import oja
 from hope_jax.omega import atlas, omega
-from hope_jax.optimizers import every
+from hope_jax.optimizers import carry_momentum, cms_schedule, every, reset_momentum, steps_until_due
 from hope_jax.self_modifying import SelfModifyingConfig, self_modifying
 from hope_jax.sequence import (
     closed_loop,
@@ -69,7 +74,7 @@ from hope_jax.sequence import (
 from hope_jax.sequence_layer import SequenceLayer
 from hope_jax.start_levels import nest_with_starts
 from hope_jax.titans import titans_lmm
-from hope_jax.transforms import dgd, heavy_ball, newton_schulz, retention
+from hope_jax.transforms import dgd, heavy_ball, retention
 from hope_jax.types import (
     Level,
     LevelState,
@@ -97,13 +102,16 @@ __all__ = [
     "SequenceLayer",
     "Tokens",
     "Write",
+    "adamuon",
     "add_delta_decay",
     "atlas",
+    "carry_momentum",
     "closed_loop",
     "cms",
     "cms_chain",
     "cms_memory",
     "cms_mixture",
+    "cms_schedule",
     "comba",
     "contract",
     "deep_memory",
@@ -117,6 +125,7 @@ __all__ = [
     "gated_linear_attention",
     "gram",
     "heavy_ball",
+    "hidden_matrices",
     "huber",
     "huber_norm",
     "l2_regression",
@@ -127,6 +136,7 @@ __all__ = [
     "local_surprise",
     "longhorn",
     "lp_regression",
+    "m3",
     "mean_factors",
     "memora",
     "minibatch",
@@ -138,11 +148,15 @@ __all__ = [
     "newton_schulz",
     "oja",
     "omega",
+    "reset_momentum",
     "retention",
     "retnet",
+    "scale_by_adamuon",
+    "scale_by_m3",
     "self_modifying",
     "slow_period",
     "softmax_attention",
+    "steps_until_due",
     "titans_lmm",
     "ttt_linear",
     "value_and_factors",

@@ -15,8 +15,9 @@ from hope_jax.chunk_form import gate
 from hope_jax.levels import level
 from hope_jax.local import heads_first, local_write
 from hope_jax.nesting import nest
+from hope_jax.newton_schulz import newton_schulz
 from hope_jax.objectives import l2_regression
-from hope_jax.transforms import dgd, heavy_ball, newton_schulz, retention
+from hope_jax.transforms import dgd, heavy_ball, retention
 from hope_jax.types import Level, Memory, Nest, NestState, Outer, Params, Tokens, Write, is_outer
 from hope_jax.writing import factored_errors
 

@@ -202,7 +202,9 @@ def dgd(
         if decay:
             pull = (alpha if decayed_erase else 1.0) * (a @ s) + g
         if exact and decay:
-            step = jnp.linalg.solve(jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape) + eta * a, pull)
+            wide = jnp.promote_types(s.dtype, jnp.float32)  # no solver takes less
+            matrix = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=wide), a.shape) + eta * a
+            step = jnp.linalg.solve(matrix.astype(wide), pull.astype(wide))
         elif exact:
             step = pull / (1 + eta * jnp.trace(a, axis1=-2, axis2=-1)[..., None, None])
         else:
@@ -236,7 +238,7 @@ def retention(alpha: float | None = None, towards: str = "zero") -> optax.Gradie
 
     Reference: spec 2.4; Titans' forgetting gate is 1 - alpha.
     """
-    if alpha is not None and not 0 < alpha <= 1:
+    if isinstance(alpha, Real) and not 0 < alpha <= 1:
         raise ValueError(f"alpha is the RETAINED fraction and must lie in (0, 1]; got {alpha}")
     if towards not in ("zero", "start"):
         raise ValueError(f'retention goes towards "zero" or "start"; got {towards!r}')
@@ -282,7 +284,7 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
 
     Reference: Titans T-9, T-10; paper (33); spec S5.1.
     """
-    if mu is not None and not 0 <= mu < 1:
+    if isinstance(mu, Real) and not 0 <= mu < 1:
         raise ValueError(f"mu must lie in [0, 1); got {mu}")
 
     def init(params: Params) -> HeavyBallState:
@@ -298,53 +300,3 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
         return jax.tree.map(cast, z, updates), HeavyBallState(jax.tree.map(cast, z, state.momentum))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Muon: steep at zero, so that five steps are enough
-
-
-def newton_schulz(x: jax.Array, steps: int = 5, kind: str = "quintic") -> jax.Array:
-    """The matrix with the singular vectors of x and singular values near one, by matrix products alone.
-
-    After X <- X / (||X|| + 1e-7) with the Frobenius norm, `steps` times, for rows <= columns (else on the transpose):
-
-        cubic      X <- 3/2 X - 1/2 (X X^T) X
-        quintic    X <- a X + (b A + c A^2) X,  A = X X^T
-
-    The cubic converges to the polar factor, slowly for small singular values; five quintic steps send every singular
-    value in [0.01, 1] of the normalised matrix into [0.68, 1.14]. As an optax transformation:
-    `optax.stateless_with_tree_map(lambda g, p: newton_schulz(g))`. Zero gives zero, with a finite gradient.
-
-    Args:
-        x: [..., K, V], each matrix of the leading axes on its own.
-        steps: number of iterations.
-        kind: "quintic" or "cubic".
-
-    Returns:
-        [..., K, V] in the dtype of x; only the norm is taken in float32 or wider.
-
-    Raises:
-        ValueError: an unknown kind, or fewer than two axes.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> newton_schulz(jnp.diag(jnp.array([3.0, 1.0])), steps=20, kind="cubic").round(3).tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-
-    Reference: Muon (Jordan et al. 2024); paper (44); spec 4.6.
-    """
-    if kind not in ("quintic", "cubic"):
-        raise ValueError(f'newton_schulz is "quintic" or "cubic"; got {kind!r}')
-    if x.ndim < 2:
-        raise ValueError(f"newton_schulz needs matrices [..., K, V]; got shape {x.shape}")
-    square = jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=(-2, -1), keepdims=True)
-    # The square root has no derivative at zero, where any norm will do.
-    norm = jnp.sqrt(jnp.where(square > 0, square, 1)) + 1e-7
-    y = (x / norm).astype(x.dtype)
-    tall = y.shape[-2] > y.shape[-1]
-    y = y.mT if tall else y
-    a, b, c = _QUINTIC
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = 1.5 * y - 0.5 * (gram @ y) if kind == "cubic" else a * y + (b * gram + c * (gram @ gram)) @ y
-    return y.mT if tall else y

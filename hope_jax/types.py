@@ -9,7 +9,7 @@ Shape letters, the same in names, comments and einsum strings:
 a batch is `jax.vmap`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,6 +56,11 @@ def gram(error: Outer) -> jax.Array:
 def is_outer(node: Any) -> bool:
     """Is this node of an error tree a factored error? (`is_leaf` of `jax.tree.map`)"""
     return isinstance(node, Outer)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """("layers", 0, "kernel") as "layers/0/kernel"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 class Memory(NamedTuple):

@@ -39,10 +39,12 @@ from hope_jax import (
     mlp_memory,
     moneta,
     nest,
+    newton_schulz,
     oja,
     omega,
     retention,
     retnet,
+    scale_by_m3,
     self_modifying,
     softmax_attention,
     titans_lmm,
@@ -491,6 +493,35 @@ def test_momentum(x64, rng):
         assert_close(update, m)
 
 
+@pytest.mark.parametrize("mode", ["ema", "literal"])
+def test_m3(mode, x64, rng):
+    """(75): two levels whose data are an outer loop's gradients, read through Newton-Schulz, the slow at its start."""
+    f, b1, b3, slow = 3, 0.8, 0.6, 0.3
+    gradients = rng.normal(size=(T, K, V))
+    retains = mode == "ema"
+    rule = lambda eta, alpha: optax.chain(optax.sgd(eta), retention(alpha if retains else 1.0))  # noqa: E731
+
+    def error(params, carry, gradient):
+        m1, m2 = (p["m"] for p in params)
+        (g,) = gradient  # one step
+        now = b1 * m1 + (1 - b1) * g if retains else m1 + b1 * g
+        return ({"m": -g}, {"m": -g}), carry, (newton_schulz(now) + slow * newton_schulz(m2))[None]
+
+    fast = level(None, rule(1 - b1 if retains else b1, b1), 1)
+    n = nest(fast, level(None, rule((1 - b3) / f if retains else b3, b3), f), error=error)
+    state, y = compiled(lambda g: n.apply(n.init(({"m": jnp.zeros((K, V))},) * 2), g))(jnp.asarray(gradients))
+    tx = scale_by_m3(mode=mode, scales=(1, f), b1=b1, b3=b3, slow_weight=slow)
+    outer, step = tx.init(jnp.zeros((K, V))), compiled(tx.update)
+    for t in range(T):
+        update, outer = step(gradients[t], outer)
+        if mode == "ema":
+            assert_close(update, 0.2 * y[t] / np.sqrt(np.mean(np.square(y[t]))), 1e-7)  # eps
+        else:
+            assert_close(update, y[t] / (np.sqrt(outer.square) + 0.1), 1e-12)
+    assert_close([s.start["m"] for s in state.levels], [outer.momentum, outer.slow[0].momentum])
+    assert_close(-state.levels[1].pending["m"], outer.slow[0].pending)
+
+
 def test_mlp_block(x64, rng):
     """A level with learning rate 0 answers with its start weights for ever."""
     n = one(MLP, optax.sgd(0.0), 2, l2_regression, "after")
@@ -545,6 +576,7 @@ OTHERS = {
     "nested CMS": test_nested_continuum_memory_system,
     "independent CMS": test_independent_continuum_memory_system,
     "momentum": test_momentum,
+    "M3 (75)": test_m3,
     "MLP block": test_mlp_block,
 }
 

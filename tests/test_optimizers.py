@@ -1,4 +1,4 @@
-"""`every`: a clock of several optimizer steps (spec 4.9)."""
+"""`every` and `cms_schedule`, clocks of several optimizer steps (spec 4.9), and momenta between tasks (4.10)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax import every, retention
+from hope_jax import carry_momentum, cms_schedule, every, m3, reset_momentum, retention, steps_until_due
 from tests.oracles import assert_close, compiled, primitives
 
 K = 4  # a power of two: dividing by it is exact
@@ -41,7 +41,7 @@ def test_zeros_between_and_the_rule_on_the_reduced_gradients_at_multiples(reduce
             assert_close(state.inner, inner_state, 0)
             assert all(np.any(u != 0) for u in jax.tree.leaves(updates))
         w = optax.apply_updates(w, updates)
-    assert int(state.count) == 1
+    assert int(state.due) == K - 1
     assert_close(state.pending, gradients[-1], 0)
 
 
@@ -129,3 +129,166 @@ def test_refuses_bad_arguments():
         every(0, optax.sgd(1.0))
     with pytest.raises(ValueError, match="'max'"):
         every(2, optax.sgd(1.0), reduce="max")
+
+
+# --- levels by label --------------------------------------------------------------------------------------------------
+
+LEVELS: Any = {"level_0": jnp.array([1.0]), "level_1": {"w": jnp.array([[2.0]])}, "level_2": jnp.array(3.0)}
+NAMES = {"level_0": "fast", "level_1": {"w": "slow"}, "level_2": "slower"}
+PERIODS = {"fast": 1, "slow": 2, "slower": 4}
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_each_level_is_its_own_rule_on_its_own_reduced_gradients(by_function):
+    """Bit for bit Adam on the mean of the period's gradients; the state counts down to the next update."""
+    rule: Any = optax.adam(0.1)
+    tx: Any = cms_schedule(PERIODS, rule, (lambda p: NAMES) if by_function else NAMES, reduce="mean")
+    step, rule_step = compiled(tx.update), compiled(rule.update)
+    state = tx.init(LEVELS)
+    own = {name: rule.init(w) for name, w in LEVELS.items()}
+    sums = jax.tree.map(jnp.zeros_like, LEVELS)
+    for t in range(8):
+        due = steps_until_due(state)
+        assert {label: int(n) for label, n in due.items()} == {label: k - t % k for label, k in PERIODS.items()}
+        g = jax.tree.map(lambda x, t=t: x + t, LEVELS)
+        updates, state = step(g, state, LEVELS)
+        sums = jax.tree.map(jnp.add, sums, g)
+        for name, k in zip(LEVELS, PERIODS.values(), strict=True):
+            if (t + 1) % k:
+                assert_close(updates[name], jax.tree.map(jnp.zeros_like, LEVELS[name]), 0)
+            else:
+                mean = jax.tree.map(lambda x, k=k: x / k, sums[name])
+                want, own[name] = rule_step(mean, own[name], LEVELS[name])
+                assert_close(updates[name], want, 0)
+                sums[name] = jax.tree.map(jnp.zeros_like, sums[name])
+
+
+def test_each_level_may_have_a_rule_of_its_own():
+    rules = {"fast": optax.sgd(1.0), "slow": optax.sgd(10.0), "slower": optax.sgd(100.0)}
+    tx: Any = cms_schedule(PERIODS, rules, NAMES)
+    state, total = tx.init(LEVELS), jax.tree.map(jnp.zeros_like, LEVELS)
+    for _ in range(4):
+        updates, state = tx.update(LEVELS, state, LEVELS)
+        total = jax.tree.map(jnp.add, total, updates)
+    want = {"level_0": -4 * LEVELS["level_0"], "level_1": {"w": -40 * LEVELS["level_1"]["w"]}}
+    assert_close(total, want | {"level_2": -400 * LEVELS["level_2"]}, 0)
+
+
+def test_a_level_is_not_computed_between_its_writes():
+    """Two slow levels, two conditionals; Adam's square root is in their stepping branches, and outside for the fast."""
+    tx: Any = cms_schedule(PERIODS, optax.adam(0.1), NAMES)
+    jaxpr = jax.make_jaxpr(tx.update)(LEVELS, tx.init(LEVELS), LEVELS).jaxpr
+    conds = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    assert len(conds) == 2
+    for cond in conds:
+        wait, step = (primitives(b.jaxpr) for b in cond.params["branches"])
+        assert "sqrt" in step and "sqrt" not in wait
+    assert sum(e.primitive.name == "sqrt" for e in jaxpr.eqns) == 1
+
+
+def test_when_a_bare_rule_is_due():
+    tx: Any = every(3, optax.sgd(1.0))
+    state = tx.init(W)
+    seen = []
+    for _ in range(4):
+        seen.append(int(steps_until_due(state)))
+        _, state = tx.update(W, state, W)
+    assert seen == [3, 2, 1, 3]
+    assert int(steps_until_due(optax.adam(0.1).init(W))) == 1
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: cms_schedule({"fast": 0}, optax.sgd(1.0), NAMES), "at least 1 step; got 0 for 'fast'"),
+    (lambda: cms_schedule(PERIODS, optax.sgd(1.0), NAMES, reduce="max"), "'max'"),
+    (lambda: cms_schedule(PERIODS, {"fast": optax.sgd(1.0)}, NAMES), "periods for 'fast', 'slow', 'slower' and rules"),
+    (lambda: cms_schedule({"fast": 1, "slow": 2}, optax.sgd(1.0), NAMES).init(LEVELS),
+     "level_2 has the label 'slower', which has no period; there are 'fast', 'slow'"),
+    (lambda: cms_schedule(PERIODS | {"frozen": 8}, optax.sgd(1.0), NAMES).init(LEVELS),
+     "no parameter has the label 'frozen'"),
+])  # fmt: skip
+def test_levels_refuse_with_the_label_and_the_remedy(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- momenta between tasks --------------------------------------------------------------------------------------------
+
+M: Any = {"a": jnp.array([1.0, -2.0]), "w": jnp.array([[0.5, 1.0], [2.0, 3.0]])}
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+TASKS = {  # name: (transformation, paths in its state that are carried; everything else starts again)
+    "sgd": (optax.sgd(SCHEDULE, momentum=0.9), ["1/count"]),
+    "adamw": (optax.adamw(SCHEDULE), ["2/count"]),
+    "clipped": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(SCHEDULE, momentum=0.9)), ["1/1/count"]),
+    "every": (every(2, optax.adam(SCHEDULE)), ["inner/1/count"]),
+    "levels": (
+        cms_schedule({"a": 1, "w": 2}, optax.adam(SCHEDULE), {"a": "a", "w": "w"}),
+        ["inner_states/a/inner_state/1/count", "inner_states/w/inner_state/inner/1/count"],
+    ),
+    "m3": (
+        m3(SCHEDULE, scales=(1, 2)),
+        ["inner_states/matrix/inner_state/2/count", "inner_states/other/inner_state/2/count"],
+    ),
+    "injected": (
+        optax.inject_hyperparams(optax.adam)(SCHEDULE),
+        ["count", "hyperparams_states/learning_rate/count"]
+        + [f"hyperparams/{name}" for name in ("b1", "b2", "eps", "eps_root", "learning_rate")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_momenta_start_again_with_what_belongs_to_them_and_schedules_go_on(name):
+    tx: Any
+    tx, carried = TASKS[name]
+    step, fresh = compiled(tx.update), tx.init(M)
+    state = fresh
+    for _ in range(3):  # a boundary of every level, and one step of the next period
+        _, state = step(M, state, M)
+    after = reset_momentum(tx, state, M)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    seen = []
+    for (path, new), old, first in zip(
+        jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True
+    ):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        seen += [path] if path in carried else []
+        np.testing.assert_array_equal(new, old if path in carried else first, err_msg=path)
+    assert sorted(seen) == sorted(carried)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after, state)), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "m3"])
+def test_the_switch_changes_the_first_update_of_the_next_task(name):
+    """Carried is not stopping, bit for bit; reset is the first update of a new run, at the schedule's learning rate."""
+    tx: Any = TASKS[name][0]
+    step, other = compiled(tx.update), jax.tree.map(lambda x: -3 * x, M)
+    state = tx.init(M)
+    for _ in range(4):
+        _, state = step(M, state, M)
+    first = {f.__name__: step(other, f(tx, state, M), M)[0] for f in (carry_momentum, reset_momentum)}
+    assert_close(first["carry_momentum"], step(other, state, M)[0], 0)
+    fresh, _ = step(other, tx.init(M), M)
+    assert_close(first["reset_momentum"], jax.tree.map(lambda x: x * SCHEDULE(4) / SCHEDULE(0), fresh), 1e-6)
+    assert not np.allclose(first["carry_momentum"]["w"], first["reset_momentum"]["w"], rtol=0.1)
+
+
+def test_a_reset_needs_no_concrete_numbers():
+    """Inside a compiled step, for a boundary that is itself a traced condition."""
+    tx: Any = optax.adam(0.1)
+    _, state = tx.update(M, tx.init(M), M)
+    switch = jax.jit(
+        lambda boundary, s: jax.lax.cond(
+            boundary, lambda s: reset_momentum(tx, s, M), lambda s: carry_momentum(tx, s, M), s
+        )
+    )
+    assert_close(switch(True, state), tx.init(M), 0)
+    assert_close(switch(False, state), state, 0)
+
+
+def test_one_array_as_parameters():
+    tx: Any = optax.adam(SCHEDULE)
+    w = jnp.ones(())
+    _, state = tx.update(w, tx.init(w), w)
+    adam, schedule = reset_momentum(tx, state, w)
+    assert_close(adam, tx.init(w)[0], 0)
+    assert int(schedule.count) == 1

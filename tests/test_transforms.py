@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax import Outer, dgd, heavy_ball, newton_schulz, retention
+from hope_jax import Outer, dgd, heavy_ball, retention
 from tests.oracles import assert_close, proximal, write
 
 K, V, N = 4, 3, 6
@@ -244,42 +244,6 @@ def test_heavy_ball_is_titans_momentum_and_optax_trace(x64, rng):
         for i, (tx, gates) in enumerate(((ours, {}), (gated, {"mu": 0.7}), (theirs, {}))):
             step, states[i] = optax.with_extra_args_support(tx).update(g, states[i], w, **gates)
             assert_close(step, z, 1e-14)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3)])
-def test_cubic_newton_schulz_converges_to_the_polar_factor(shape, x64, rng):
-    x = rng.normal(size=shape)
-    u, _, vt = np.linalg.svd(x, full_matrices=False)
-    assert_close(newton_schulz(x, 30, "cubic"), u @ vt, 1e-10)
-
-
-def test_five_quintic_steps_keep_singular_values_near_one(rng):
-    """Any value down to a hundredth of the norm, float32, wide and tall."""
-    u, _ = np.linalg.qr(rng.normal(size=(60, 60)))
-    v, _ = np.linalg.qr(rng.normal(size=(80, 80)))
-    values = np.geomspace(0.01, 0.4, 60)
-    values /= max(np.linalg.norm(values), 1)
-    x = jnp.asarray(u @ (7 * values[:, None] * v[:60]), jnp.float32)
-    assert values.min() / np.linalg.norm(values) < 0.0101
-    for matrix in (x, x.T):
-        got = np.linalg.svd(newton_schulz(matrix), compute_uv=False)
-        assert 0.68 - 1e-2 < got.min() <= got.max() < 1.14 + 1e-2
-
-
-def test_newton_schulz_of_zero_is_zero_with_a_finite_gradient():
-    zero = jnp.zeros((2, 3), jnp.bfloat16)
-    outcome: Any = jax.jit(jax.value_and_grad(lambda x: jnp.sum(newton_schulz(x))))(zero)
-    value, slope = outcome
-    assert value.dtype == slope.dtype == jnp.bfloat16
-    assert value == 0
-    assert np.isfinite(np.asarray(slope, np.float32)).all()
-
-
-def test_newton_schulz_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match='"quintic" or "cubic"; got \'eq44\''):
-        newton_schulz(jnp.ones((2, 2)), kind="eq44")
-    with pytest.raises(ValueError, match=r"needs matrices \[..., K, V\]; got shape \(3,\)"):
-        newton_schulz(jnp.ones(3))
 
 
 @pytest.mark.parametrize(

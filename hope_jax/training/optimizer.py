@@ -1,7 +1,7 @@
 """The outer optimizer: clipped AdamW with warm-up and cosine, and slow levels that step every k-th step.
 
 A level whose chunk is longer than a training step accumulates its gradients and writes its weights at the
-boundary: `every(k, tx)`. Labels decide which parameters belong to which period (`period_of`).
+boundary: `cms_schedule`. Labels decide which parameters belong to which period (`period_of`).
 """
 
 import re
@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import optax
 
-from hope_jax.optimizers import every
+from hope_jax.matrix_parameters import MATRIX, hidden_matrices
+from hope_jax.optimizers import cms_schedule
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.sharding import path_string
+from hope_jax.types import path_string
 
-# Weight decay pulls a matrix towards zero; these have another resting point, or none.
-NO_DECAY = re.compile(r"(^|/)(\w*scale|bias|embedding|head|logits|skip|persistent\w*)$|/gates/|/conv/|/adjust/")
 CMS_LEVEL = re.compile(r"(?:^|/)cms/level_(\d+)/")
 
 
@@ -40,10 +39,8 @@ def learning_rate_schedule(config: TrainConfig, period: int = 1) -> optax.Schedu
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay applies to: matrices, but no embeddings, head or gates."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and not NO_DECAY.search(path_string(path)), params
-    )
+    """True for the leaves that weight decay applies to: hidden matrices. Others do not rest at zero."""
+    return jax.tree.map(lambda label: label == MATRIX, hidden_matrices(params))
 
 
 def period_of(path: str, periods: tuple[int, ...]) -> int:
@@ -53,7 +50,7 @@ def period_of(path: str, periods: tuple[int, ...]) -> int:
 
 
 def period_labels(params: Any, periods: tuple[int, ...]) -> Any:
-    """A tree of "every_k" labels for `optax.partition`."""
+    """A tree of "every_k" labels for `cms_schedule`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: f"every_{period_of(path_string(path), periods)}", params)
 
 
@@ -63,21 +60,20 @@ def build_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArg
     The clipping comes first and sees every gradient, so a slow level accumulates clipped gradients.
     """
     periods = sorted({1, *config.cms_periods})
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.partition(
-            {f"every_{period}": _adamw(config, period) for period in periods},
-            lambda params: period_labels(params, config.cms_periods),
-        ),
+    levels = cms_schedule(
+        {f"every_{period}": period for period in periods},
+        {f"every_{period}": _adamw(config, period) for period in periods},
+        lambda params: period_labels(params, config.cms_periods),
+        reduce="mean",
     )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), levels)
 
 
 def _adamw(config: TrainConfig, period: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(
+    return optax.adamw(
         learning_rate_schedule(config, period),
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return every(period, adamw, reduce="mean")

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from hope_jax.training.config import MeshConfig
 from hope_jax.training.errors import UserError
+from hope_jax.types import path_string
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -56,11 +57,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"(on a CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual devices)"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
-
-
-def path_string(path: Sequence[Any]) -> str:
-    """("layers", 0, "kernel") as "layers/0/kernel"."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> P:

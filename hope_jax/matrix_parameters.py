@@ -1,0 +1,112 @@
+"""Which parameters are hidden matrices, for optimizers that treat a matrix as one thing: labels, parts, rms."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hope_jax.types import Params, path_string
+
+type Labels = Any  # a tree of "matrix" and "other" like the parameters or a prefix of them, or a function that makes it
+
+MATRIX, OTHER = "matrix", "other"
+_NAMES = {"head", "lm_head", "wte", "wpe"}  # on the way to a leaf
+_WORDS = {"embed", "embedding", "embeddings", "embedder", "unembed", "conv", "gates", "adjust"}  # in such a name
+_WORDS |= {"norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm"}
+_VECTORS = {"scale", "bias", "logits", "skip", "persistent"}  # in the leaf's own name
+
+
+def hidden_matrices(params: Params) -> Any:
+    """A tree of "matrix" for hidden matrices and "other" for everything else, by shape and by name.
+
+    A hidden matrix has two or more axes, the last two longer than one (leading axes are layers, heads, ...), and its
+    path names no embedding, head, norm, gate or convolution, nor a vector stacked over layers (scale, bias, ...).
+
+    Args:
+        params: a tree of arrays or shapes; for other names than these write a function of your own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> w = jnp.zeros((4, 4))
+        >>> hidden_matrices({"embedding": w, "wq": w, "conv": {"q": w}, "norm": {"scale": w}})
+        {'conv': {'q': 'other'}, 'embedding': 'other', 'norm': {'scale': 'other'}, 'wq': 'matrix'}
+
+    Reference: spec 4.8; Muon (Jordan et al. 2024) leaves the same ones to AdamW.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: MATRIX if _is_hidden(path, leaf) else OTHER, params)
+
+
+def _is_hidden(path: Any, leaf: Any) -> bool:
+    if leaf.ndim < 2 or min(leaf.shape[-2:]) < 2:
+        return False
+    names = path_string(path).lower().split("/")
+    words = [set(re.findall(r"[a-z]+", name)) for name in names]
+    return not (_NAMES & set(names) or _WORDS & set().union(*words) or _VECTORS & words[-1])
+
+
+def by_matrix(
+    matrix: optax.GradientTransformation, other: optax.GradientTransformation, labels: Labels | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation for the matrices and another for the rest.
+
+    Args:
+        matrix: for the leaves labelled "matrix".
+        other: for those labelled "other".
+        labels: a tree or a function of the parameters; None: `hidden_matrices`.
+
+    Raises:
+        ValueError: at `init`, labels of the caller that are neither, or that make nothing a matrix.
+    """
+
+    def resolve(tree: Params) -> Any:
+        return hidden_matrices(tree) if labels is None else labels(tree) if callable(labels) else labels
+
+    parts = optax.partition({MATRIX: matrix, OTHER: other}, resolve)
+
+    def init(params: Params) -> optax.OptState:
+        found = resolve(params)
+        for path, label in jax.tree_util.tree_leaves_with_path(found):
+            if label not in (MATRIX, OTHER):
+                raise ValueError(f'{path_string(path)} has the label {label!r}; a label is "matrix" or "other"')
+        if labels is not None and MATRIX not in jax.tree.leaves(found) and jax.tree.leaves(params):
+            names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+            raise ValueError(
+                f'labels make none of the parameters {", ".join(names[:8])} a "matrix"; check the names they look for, '
+                "or use optax.adamw"
+            )
+        return parts.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, parts.update)
+
+
+def check_matrices(params: Params, who: str) -> None:
+    """Raises ValueError, with the path of the leaf, if one of the parameters is no matrix."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.ndim(leaf) < 2:
+            raise ValueError(
+                f"{who} takes matrices [..., K, V]; {path_string(path) or 'the parameter'} has shape "
+                f'{jnp.shape(leaf)}: label it "other"'
+            )
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root of what is not negative, with derivative 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0).astype(x.dtype)
+
+
+def with_rms(x: jax.Array, rms: Any, eps: Any) -> jax.Array:
+    """Each matrix of x [..., K, V] scaled to a root mean square of `rms`; eps is added to its own; zero stays zero."""
+    if not x.size:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    own = safe_sqrt(jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)) + eps
+    return (rms * wide / jnp.where(own > 0, own, 1)).astype(x.dtype)
+
+
+def finite_adamw(
+    learning_rate: optax.ScalarOrSchedule, b1: Any, b2: Any, eps: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw` with finite derivatives where a gradient is exactly zero."""
+    return optax.adamw(learning_rate, b1, b2, eps, eps_root=1e-16, weight_decay=weight_decay)
