@@ -37,14 +37,32 @@ What is known by other names is an arrangement of these (each line is proven in 
     nested CMS              the same, each level followed by level(cms_memory, tx_{l+1}, C_{l+1}, restarts=True)
     independent CMS         the same levels side by side: x + sum of softmax(logits)_l MLP_l(norm(x))
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
+                          = generalised_momentum(optax.chain(ggd(dot_product), retention(alpha))) of Outer factors
+    GGD (59)                ggd(objective, retention): the dot product is gradient descent, the regression dgd()
+    heavy ball              nest of m, optax.chain(optax.sgd(eta), retention(alpha)), and w, optax.sgd(1.0) of error -m,
+                            with the model at w + m
+    delta momentum          delta_momentum: dgd whose weights are m and whose keys are gradients
+    Muon                    output_momentum(sigma=newton_schulz): momentum read through its polar factor
+    Adam                    two levels remember g and g^2; the regression of sqrt(v) on gradients, with their averages
+    AdaGrad                 the regression of the root of the sum of g^2 on the gradients so far
+    RMSProp                 the regression of sqrt(v) on gradients that fade, at the latest one
     MLP block               a level with learning rate 0
 """
 
 from hope_jax.attention import softmax_attention
 from hope_jax.cms import cms, cms_chain, cms_memory, cms_mixture, slow_period
+from hope_jax.deep_momentum import deep_momentum
+from hope_jax.ggd import generalised_momentum, ggd
 from hope_jax.levels import level
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
 from hope_jax.miras import memora, miras, moneta, yaad
+from hope_jax.momentum import (
+    delta_momentum,
+    feature_momentum,
+    learned_preconditioner,
+    output_momentum,
+    preconditioned_momentum,
+)
 from hope_jax.nesting import nest
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
 from hope_jax.oja import oja
@@ -103,18 +121,24 @@ __all__ = [
     "comba",
     "contract",
     "deep_memory",
+    "deep_momentum",
+    "delta_momentum",
     "delta_net",
     "dgd",
     "dgd_attention",
     "dot_product",
     "every",
+    "feature_momentum",
     "gated_delta_net",
     "gated_linear_attention",
+    "generalised_momentum",
+    "ggd",
     "gram",
     "heavy_ball",
     "huber",
     "huber_norm",
     "l2_regression",
+    "learned_preconditioner",
     "level",
     "linear_attention",
     "linear_attention_pp",
@@ -130,6 +154,8 @@ __all__ = [
     "newton_schulz",
     "oja",
     "omega",
+    "output_momentum",
+    "preconditioned_momentum",
     "retention",
     "retnet",
     "self_modifying",

@@ -259,7 +259,7 @@ def heavy_ball(mu: float | None = None) -> optax.GradientTransformationExtraArgs
 
     Reference: Titans T-9, T-10; paper (33); spec S5.1.
     """
-    if mu is not None and not 0 <= mu < 1:
+    if isinstance(mu, Real) and not 0 <= mu < 1:
         raise ValueError(f"mu must lie in [0, 1); got {mu}")
 
     def init(params: Params) -> HeavyBallState:
