@@ -44,12 +44,14 @@ class _Rule(NamedTuple):
         key, target = token.key, -token.delta if self.value is None else self.value(w, token.key, token.delta)
         damping = 1 + eta * (0.0 if self.objective is dot_product else jnp.sum(key * key, axis=-1))
         for_loss, for_pull = ((x / damping)[..., None, None] for x in (eta, jnp.ones_like(eta)))
-        new = middle
-        for _ in range(1 if self.closed() else self.steps):
+
+        def step(_: Any, new: jax.Array) -> jax.Array:
             error = self.objective.delta(jnp.einsum("...k,...kv->...v", key, new), target)
             push = key[..., :, None] * error[..., None, :]
-            new = new - for_loss * push - for_pull * self.pull(new, w, middle)
-        return new
+            return (new - for_loss * push - for_pull * self.pull(new, w, middle)).astype(new.dtype)
+
+        steps = 1 if self.closed() else self.steps
+        return step(0, middle) if steps == 1 else jax.lax.fori_loop(0, steps, step, middle)
 
     def pull(self, new: jax.Array, w: jax.Array, middle: jax.Array) -> jax.Array:
         """Gradient of the retention times eta."""
@@ -71,7 +73,7 @@ class _Rule(NamedTuple):
                 middle, eta, window = _collapsed(w, eta, *window)
             return (self.minimum(w, middle, error, eta) + (alpha - 1)[..., None, None] * w, window), None
 
-        factors = Outer(*(jnp.moveaxis(wide(x), -2, 0) for x in error))
+        factors = Outer(*(jnp.moveaxis(x.astype(p.dtype), -2, 0) for x in error))
         (new, window), _ = jax.lax.scan(step, (p, window), (factors, tokens(eta), tokens(alpha)))
         return new, window
 
@@ -81,7 +83,7 @@ def _collapsed(w: jax.Array, eta: jax.Array, past: jax.Array, hold: jax.Array):
     pasts = jnp.concatenate([w[None], past.astype(w.dtype)])
     holds = jnp.concatenate([1 / jnp.maximum(eta, 1e-15)[None], hold])  # a step of zero holds everything
     eta = 1 / jnp.sum(holds, axis=0)
-    middle = jnp.einsum("c...,c...kv->...kv", eta * holds, pasts)
+    middle = jnp.einsum("c...,c...kv->...kv", eta[None] * holds, pasts)
     return middle, eta, (pasts[:-1].astype(past.dtype), holds[:-1])
 
 
