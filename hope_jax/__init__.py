@@ -43,9 +43,9 @@ What is known by other names is an arrangement of these (each line is proven in 
                             with the model at w + m
     delta momentum          delta_momentum: dgd whose weights are m and whose keys are gradients
     Muon                    output_momentum(sigma=newton_schulz): momentum read through its polar factor
-    Adam                    two levels remember g and g^2; the regression of sqrt(v) on gradients, with their averages
-    AdaGrad                 the regression of the root of the sum of g^2 on the gradients so far
-    RMSProp                 the regression of sqrt(v) on gradients that fade, at the latest one
+    Adam                    two levels average g and v = g^2; the update is the regression (101) of sqrt(v) on gradients
+    RMSProp                 the same, where all targets but the latest are zero
+    AdaGrad                 RMSProp that forgets nothing
     MLP block               a level with learning rate 0
 """
 

@@ -141,8 +141,8 @@ def learned_preconditioner(
 
     Args:
         zeta: learning rate of P; with keys of norm 1 or less stable below 2.
-        key: g [..., K, V] -> g^ of the same shape; the paper leaves it open. The default divides by the norm: P tends to
-            the norm of the gradients along their directions, and steps shrink faster than gradients do. With
+        key: g [..., K, V] -> g^ of the same shape; the paper leaves it open. The default divides by the norm: P tends
+            to the norm of the gradients along their directions, and steps shrink faster than gradients do. With
             `newton_schulz` it is nearly a running mean of (G G^T)^(1/2).
 
     Raises:

@@ -78,7 +78,7 @@ def _run(tx: Any, gradients):
 def test_is_the_loop(inner, shape, hidden, x64, rng):
     """A stack of two matrices of one layer, each with a network of its own; F = min(hidden, V)."""
     gradients = rng.normal(size=(N, 2, *shape))
-    constants = {"zeta": 0.3, "rho": 0.9, "lam": 0.2}
+    constants: Any = {"zeta": 0.3, "rho": 0.9, "lam": 0.2}
     tx = deep_momentum(LR, ALPHA, hidden=hidden, inner=inner, **constants)
     updates, state = _run(tx, gradients)
     memory = state.memory
@@ -93,7 +93,7 @@ def test_is_the_loop(inner, shape, hidden, x64, rng):
 def test_the_gradient_of_the_network_is_clipped(x64, rng):
     """A gradient of rank one is far from orthogonal: its network's gradient is longer than one."""
     gradients = np.einsum("tk,tv->tkv", rng.normal(size=(N, 20)), np.ones((N, 20)) + 0.1 * rng.normal(size=(N, 20)))
-    constants = {"zeta": 0.3, "rho": 0.9, "lam": 0.2}
+    constants: Any = {"zeta": 0.3, "rho": 0.9, "lam": 0.2}
     updates, state = _run(deep_momentum(LR, ALPHA, **constants), gradients)
     want, _, _, clipped = _loop(gradients, np.asarray(state.memory.start), "gram", **constants)
     assert clipped
@@ -124,16 +124,16 @@ def test_without_learning_it_is_normalised_momentum():
 
 
 @pytest.mark.parametrize("inner", ["gram", "l2"])
-@pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_an_update_is_never_longer_than_the_learning_rate(inner, scale, rng):
+def test_an_update_is_never_longer_than_the_learning_rate(inner, rng):
     """Spec test 8: rms(update) <= lr (1 + 1e-5), for gradients of any size that change from step to step."""
+    scales = np.array([1e-4, 1.0, 1e4])
     gradients = [
-        {"m": jnp.asarray(scale * rng.normal(size=(2, K, V)), jnp.float32), "v": scale * jnp.ones(3), "s": jnp.ones(())}
+        {"m": jnp.asarray(scales[:, None, None] * rng.normal(size=(3, K, V)), jnp.float32), "v": 1e4 * jnp.ones(3)}
         for _ in range(20)
     ]
     updates, _ = _run(deep_momentum(LR, inner=inner, zeta=1.0), gradients)
     for u in updates:
-        sizes = [*map(_rms, u["m"]), _rms(u["v"]), _rms(u["s"])]
+        sizes = [*map(_rms, u["m"]), _rms(u["v"])]
         assert max(sizes) <= LR * (1 + 1e-5)
         assert min(sizes) > LR / 10
 
@@ -172,7 +172,7 @@ def test_as_the_rule_of_a_level(inner, x64, rng):
     n = nest(level(linear_memory(K, V), deep_momentum(inner=inner, hidden=2), 2, objective=l2_regression, read="after"))
     key, query = rng.normal(size=(2, length, K))
     value, start = rng.normal(size=(length, V)), rng.normal(size=(K, V))
-    eta, mu = rng.uniform(0.1, 0.5, length), np.full(length, 0.7)
+    eta, mu = rng.uniform(0.1, 0.5, length), jnp.full(length, 0.7)
     state, y = compiled(lambda w, xs: n.apply(n.init(({"w": w},)), xs))(start, Tokens(key, value, query, eta, mu=mu))
     a0 = np.asarray(state.levels[0].rule.memory["w"].start)
     w, gradients = start, []
@@ -185,30 +185,29 @@ def test_as_the_rule_of_a_level(inner, x64, rng):
     assert_close(state.levels[0].running["w"], w)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_trains_under_jit_and_scan(dtype):
+def test_trains_under_jit_and_scan():
     """With a falling learning rate, since its steps do not shrink with the gradients; dtypes stay."""
     tx: Any = deep_momentum(optax.linear_schedule(0.1, 0.0, 300))
     rng = np.random.default_rng(0)
-    target = {"m": rng.normal(size=(2, 4, 3)), "v": rng.normal(size=5), "s": rng.normal()}
-    target = jax.tree.map(lambda x: jnp.asarray(x, dtype), target)
-    target = {**target, "none": None, "masked": optax.MaskedNode()}
+    target: Any = {"m": jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32), "v": jnp.asarray(rng.normal(size=5))}
+    target |= {"half": target["m"].astype(jnp.bfloat16), "none": None, "masked": optax.MaskedNode()}
+    dtypes = jax.tree.map(lambda x: x.dtype, target)
 
     def step(carry, _):
         params, state = carry
         g = jax.tree.map(lambda p, t: p - t, params, target)
         u, state = tx.update(g, state, params, value=1.0, unknown=None)
-        assert jax.tree.map(lambda x: x.dtype, u) == jax.tree.map(lambda x: x.dtype, params)
+        assert jax.tree.map(lambda x: x.dtype, u) == dtypes
         return (optax.apply_updates(params, u), state), None
 
     start = jax.tree.map(jnp.zeros_like, target)
     (end, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=300))((start, tx.init(start)))
     for got, want in zip(jax.tree.leaves(end), jax.tree.leaves(target), strict=True):
-        np.testing.assert_allclose(np.float32(got), np.float32(want), atol=2e-2 if dtype == jnp.float32 else 0.1)
+        np.testing.assert_allclose(np.float32(got), np.float32(want), atol=0.1 if got.dtype == jnp.bfloat16 else 2e-2)
 
 
 def test_hyperparameters_can_be_injected():
-    numbers = {"learning_rate": 0.1, "alpha": 0.5, "zeta": 0.2, "rho": 0.9, "lam": 0.3}
+    numbers: Any = {"learning_rate": 0.1, "alpha": 0.5, "zeta": 0.2, "rho": 0.9, "lam": 0.3}
     g = {"w": jnp.ones((2, 3)).at[0].set(2.0)}
     plain = deep_momentum(**numbers)
     injected = optax.inject_hyperparams(deep_momentum, static_args=("hidden", "seed"))(**numbers)
@@ -219,7 +218,7 @@ def test_hyperparameters_can_be_injected():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"inner": "cosine"}, "\"gram\" or \"l2\"; got 'cosine'"),
+        ({"inner": "cosine"}, '"gram" or "l2"; got \'cosine\''),
         ({"hidden": 0}, "hidden.*0"),
         ({"zeta": -0.1}, "zeta.*-0.1"),
         ({"rho": 1.5}, r"rho lies in \[0, 1\]; got 1.5"),

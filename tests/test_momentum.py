@@ -11,7 +11,6 @@ import pytest
 from hope_jax import (
     Tokens,
     delta_momentum,
-    dgd,
     feature_momentum,
     l2_regression,
     learned_preconditioner,
@@ -34,28 +33,29 @@ STEPS = ("damped", "explicit", "exact")
 def _run(tx: Any, gradients, params=None, **extra) -> tuple[list, Any]:
     """The updates of a run from a fresh state, and the last state."""
     params = jnp.zeros_like(gradients[0]) if params is None else params
-    state, updates = tx.init(params), []
+    state, updates, update = tx.init(params), [], tx.update
     for g in gradients:
-        u, state = tx.update(g, state, params, **extra)
+        u, state = update(g, state, params, **extra)
         updates.append(u)
     return updates, state
 
 
-def _momentum_loop(gradients, eta=ETA, alpha=ALPHA):
+def _momentum_loop(gradients, eta: Any = ETA, alpha=ALPHA):
     m, ms = np.zeros_like(gradients[0]), []
     for t, g in enumerate(gradients):
-        m = alpha * m - (eta(t) if callable(eta) else eta) * g
+        step: Any = eta(t) if callable(eta) else eta
+        m = alpha * m - step * g
         ms.append(m)
     return ms
 
 
-def _columns(step, gradients, eta=ETA, alpha=ALPHA, p=None):
+def _columns(step, gradients, eta: Any = ETA, alpha=ALPHA, p=None):
     """(S4.1) in the paper's layout, m [V, K]; gradients [K, V]."""
     m, ms = np.zeros_like(gradients[0]).T, []
     p = np.eye(len(m)) if p is None else p
     for t, g in enumerate(gradients):
         big = g.T
-        e = eta(t) if callable(eta) else eta
+        e: Any = eta(t) if callable(eta) else eta
         if step == "exact":
             m = (alpha * m - e * p @ big) @ np.linalg.inv(np.eye(m.shape[1]) + e * big.T @ big)
         else:
@@ -158,11 +158,11 @@ def test_output_momentum_reads_through_a_function(x64, rng):
     assert_close(scaled, [ETA * np.tanh(0.1 * m) for m in traces])
 
 
-# --- delta momentum ----------------------------------------------------------------------------------------------------
+# --- delta momentum --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("shape", [(K, V), (V, K), (1, V), (K, 1)])
+@pytest.mark.parametrize("shape", [(K, V), (V, K)])
 def test_delta_momentum_is_its_formula_in_columns(step, shape, x64, rng):
     gradients, p = rng.normal(size=(N, *shape)), rng.normal(size=(shape[1], shape[1]))
     left = optax.stateless_with_tree_map(lambda g, _: g @ p.T)
@@ -185,15 +185,12 @@ def test_delta_momentum_of_stacks_vectors_and_scalars(step, x64, rng):
 
 
 def test_the_explicit_step_is_a_gradient_step(x64, rng):
-    """On 1/2 ||m G^T + P||^2 with P = I, from a momentum that is not zero; it is also dense `dgd` on m with keys G."""
+    """On 1/2 ||m G^T + P||^2 with P = I, from a momentum that is not zero."""
     first, g = rng.normal(size=(2, K, V))
     _, m = _run(delta_momentum(ETA, ALPHA, step="explicit"), [first, g])[0]
     start = jnp.asarray(-ETA * first)
     loss = lambda m: jnp.sum((m.T @ g + jnp.eye(V)) ** 2) / 2  # noqa: E731
     assert_close(m, ALPHA * start - ETA * jax.grad(loss)(start), 1e-12)
-    rule: Any = dgd(ETA, exact=False)
-    step, _ = rule.update(g, rule.init(start), start, gram=g @ g.T, alpha=ALPHA)
-    assert_close(m, start + step, 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(K, V), (V, K)])
@@ -214,17 +211,17 @@ def test_damped_is_exact_for_rank_one_without_forgetting(x64, rng):
     assert_close(damped, exact)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.99])
-@pytest.mark.parametrize("scale", [1e-1, 1e0, 1e1, 1e2, 1e3])
-def test_damped_is_a_contraction(scale, alpha, x64, rng):
+def test_damped_is_a_contraction(x64, rng):
     """The transition matrix of m, read off from m = I with P = 0, has spectral radius below one for every gradient."""
-    g = jnp.asarray(scale * rng.normal(size=(K, K)))
-    tx: Any = delta_momentum(1.0, alpha, precondition=optax.scale(0.0))
-    transition, _ = tx.update(g, tx.init(g)._replace(momentum=jnp.eye(K)))
-    radius = np.abs(np.linalg.eigvals(transition)).max()
-    assert radius < 1
-    eta = 1 / (1 + np.sum(g**2))
-    assert_close(np.sort(np.linalg.eigvalsh(transition)), np.sort(alpha - eta * np.linalg.eigvalsh(g @ g.T)))
+    tx: Any = delta_momentum(1.0, precondition=optax.scale(0.0))
+    update = compiled(tx.update)
+    for alpha in (0.5, 0.99, 1.0):
+        for scale in (1e-1, 1e0, 1e1, 1e2, 1e3):
+            g = jnp.asarray(scale * rng.normal(size=(K, K)))
+            transition, _ = update(g, tx.init(g)._replace(momentum=jnp.eye(K)), mu=alpha)
+            eta = 1 / (1 + np.sum(g**2))
+            assert np.abs(np.linalg.eigvals(transition)).max() < 1
+            assert_close(np.linalg.eigvalsh(transition), alpha - eta * np.linalg.eigvalsh(g @ g.T)[::-1])
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -287,9 +284,9 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("rule", INNER)
+@pytest.mark.parametrize("rule", ["preconditioned", "delta", pytest.param("feature", marks=pytest.mark.slow), "output"])
 def test_as_the_rule_of_a_level(rule, x64, rng):
-    """Gates eta and mu of every token, gradients at the chunk's start, two heads, and a call that ends inside a chunk."""
+    """Gates eta and mu of every token, gradients at the chunk's start, two heads, a call that ends inside a chunk."""
     heads, length, size = 2, 5, 2
     memory = linear_memory(K, V)
     n = nest(level(memory, INNER[rule], size, objective=l2_regression, read="after"))
@@ -332,26 +329,32 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_trains_under_jit_and_scan(name, dtype):
-    """A stack of matrices, a vector and a scalar reach their targets; dtypes stay, and strangers are not in the way."""
+SIMILAR = ("preconditioned", "explicit", "feature", "sign")  # to others that are trained
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SIMILAR)) for n in OPTIMIZERS])
+def test_trains_under_jit_and_scan(name):
+    """A stack of matrices, a vector and a scalar of two dtypes reach their targets; strangers are not in the way."""
     tx, rng = OPTIMIZERS[name], np.random.default_rng(0)
-    target = {"m": rng.normal(size=(2, 4, 3)), "v": rng.normal(size=5), "s": rng.normal()}
-    target = jax.tree.map(lambda x: jnp.asarray(x, dtype), target)
+    numbers = {"m": rng.normal(size=(2, 4, 3)), "v": rng.normal(size=5), "s": rng.normal()}
+    target: Any = {
+        dtype: jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), numbers) for dtype in ("float32", "bfloat16")
+    }
     target = {**target, "none": None, "masked": optax.MaskedNode()}
+    dtypes = jax.tree.map(lambda x: x.dtype, target)
 
     def step(carry, _):
         params, state = carry
         g = jax.tree.map(lambda p, t: p - t, params, target)
         u, state = tx.update(g, state, params, value=1.0, unknown=None)
-        assert jax.tree.map(lambda x: x.dtype, u) == jax.tree.map(lambda x: x.dtype, params)
+        assert jax.tree.map(lambda x: x.dtype, u) == dtypes
         return (optax.apply_updates(params, u), state), None
 
     start = jax.tree.map(jnp.zeros_like, target)
     (end, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=400))((start, tx.init(start)))
-    for got, want in zip(jax.tree.leaves(end), jax.tree.leaves(target), strict=True):
-        np.testing.assert_allclose(np.float32(got), np.float32(want), atol=1e-2 if dtype == jnp.float32 else 0.1)
+    for dtype, tolerance in (("float32", 1e-2), ("bfloat16", 0.1)):
+        off = jax.tree.map(lambda a, b: np.abs(np.float32(a) - np.float32(b)).max(), end[dtype], target[dtype])
+        assert max(jax.tree.leaves(off)) < tolerance
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
