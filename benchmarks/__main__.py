@@ -4,6 +4,8 @@ kernels         hope bench kernels: the delta rule against a straightforward chu
 nest            three levels in a nest, against a token scan with lax.cond and against optax.MultiSteps
 titans          the MLP memory of Titans as one operation and in the nest, forward+backward
 self_modifying  one self-modifying Titans layer, tokens per second
+optimizers      a step of M3, Muon, AdaMuon and AdamW with 10M parameters; bytes of state per parameter
+optimizers_100m the same with 100M parameters: up to half an hour on two cores
 language_model  a training step of Hope against a Transformer with as many parameters; memory by length
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import language_model, nest, self_modifying, titans
+from benchmarks import language_model, nest, optimizers, self_modifying, titans
 from hope_jax.bench.command import Request, run
 from hope_jax.training.presets import preset
 from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
@@ -42,6 +44,16 @@ def run_self_modifying() -> list[Timing]:
     return timings
 
 
+def run_optimizers(name: str = "10M", size: int = 10_000_000, width: int = 512, repeats: int = 5) -> list[Timing]:
+    functions, args, per_parameter = optimizers.cases(size, width)
+    timings = time_side_by_side(functions, args, case=f"optimizer step, {name}", base="muon", repeats=repeats)
+    seconds, ratio = optimizers.amortised(timings)
+    print(f"m3, {name}, slow scale every {optimizers.PERIOD} steps: {seconds * 1e3:.1f} ms a step, {ratio:.2f}x muon")
+    for rule, state in per_parameter.items():
+        print(f"{rule}, {name}: {state:.1f} bytes of state per parameter")
+    return timings
+
+
 def run_language_model() -> list[Timing]:
     config = preset("tiny").model
     functions, tokens = language_model.steps(config)
@@ -65,6 +77,8 @@ RUNS = {
     "nest": run_nest,
     "titans": run_titans,
     "self_modifying": run_self_modifying,
+    "optimizers": run_optimizers,
+    "optimizers_100m": lambda: run_optimizers("100M", 100_000_000, repeats=3),
     "language_model": run_language_model,
 }
 NAMES = (KERNELS, *RUNS)

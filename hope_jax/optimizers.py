@@ -1,6 +1,6 @@
 """Levels outside the sequence: clocks for the outer optimizer, and what happens to their momenta between tasks."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +72,8 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
 
 
 def cms_schedule(
-    periods: Mapping[Hashable, int],
-    tx: optax.GradientTransformation | Mapping[Hashable, optax.GradientTransformation],
+    periods: Mapping[Any, int],
+    tx: optax.GradientTransformation | Mapping[Any, optax.GradientTransformation],
     labels: Any,
     reduce: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
@@ -156,7 +156,7 @@ def steps_until_due(state: Any) -> Any:
     return jnp.ones((), jnp.int32)
 
 
-def carry_momentum(tx: optax.GradientTransformation, state: optax.OptState, params: Params) -> optax.OptState:
+def carry_momentum(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
     """The optimizer's state at a task boundary that is not one: momenta are knowledge and go on.
 
     The counterpart of `reset_momentum` with the same arguments, so that a switch is the choice of one of the two.
@@ -174,7 +174,7 @@ def carry_momentum(tx: optax.GradientTransformation, state: optax.OptState, para
     return state
 
 
-def reset_momentum(tx: optax.GradientTransformation, state: optax.OptState, params: Params) -> optax.OptState:
+def reset_momentum(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
     """The optimizer's state at a task boundary where momenta are forgotten.
 
     Everything in the state that is like the parameters starts again as `tx.init(params)` makes it: momenta, second

@@ -1,7 +1,7 @@
 """The table of `hope_jax`: every line is the published recurrence, written here as a loop over tokens (spec 2.5)."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -511,7 +511,7 @@ def test_m3(mode, x64, rng):
     fast = level(None, rule(1 - b1 if retains else b1, b1), 1)
     n = nest(fast, level(None, rule((1 - b3) / f if retains else b3, b3), f), error=error)
     state, y = compiled(lambda g: n.apply(n.init(({"m": jnp.zeros((K, V))},) * 2), g))(jnp.asarray(gradients))
-    tx = scale_by_m3(mode=mode, scales=(1, f), b1=b1, b3=b3, slow_weight=slow)
+    tx: Any = scale_by_m3(mode=mode, scales=(1, f), b1=b1, b3=b3, slow_weight=slow)
     outer, step = tx.init(jnp.zeros((K, V))), compiled(tx.update)
     for t in range(T):
         update, outer = step(gradients[t], outer)

@@ -66,7 +66,8 @@ def _algorithm_1(w, gradients):
 
 def _ema(w, gradients, scales, betas, weights, decay=0.0, divide=False):
     """Our averages with any number of scales, one matrix or stack."""
-    m, o, v = [np.zeros_like(w) for _ in scales], [0.0 for _ in scales], np.zeros_like(w)
+    o: list[Any] = [0.0 for _ in scales]
+    m, v = [np.zeros_like(w) for _ in scales], np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
         m[0] = betas[0] * m[0] + (1 - betas[0]) * g
         d = _ns(m[0]) + sum(a * x for a, x in zip(weights, o[1:], strict=True))
@@ -85,7 +86,7 @@ def _ema(w, gradients, scales, betas, weights, decay=0.0, divide=False):
 def test_literal_is_algorithm_1(x64, rng):
     """Every leaf of two or more axes through Newton-Schulz, a stack matrix by matrix, and the vector as it is."""
     w, gradients = _start(rng), _gradients(rng)
-    ((got, _), *_) = reversed(_run(m3(LR, mode="literal", **OPTIONS), w, gradients))
+    got = _run(m3(LR, mode="literal", **OPTIONS), w, gradients)[-1][0]
     assert_close(got, _algorithm_1(w, gradients), 1e-12)
 
 
@@ -96,12 +97,12 @@ def test_ema_is_its_loop(scales, slow, divide, x64, rng):
     w, gradients, decay = _start(rng), _gradients(rng, 11), 0.3
     b3, weights = (0.6, 0.8)[:slow], (0.4, 0.7)[:slow]
     tx = m3(LR, scales=scales, b1=B1, b2=B2, b3=b3, slow_weight=weights, eps=EPS, divide=divide, weight_decay=decay)
-    ((got, _), *_) = reversed(_run(tx, w, gradients))
+    got = _run(tx, w, gradients)[-1][0]
     for name in ("w", "stack"):
         want = _ema(w[name], [g[name] for g in gradients], scales, (B1, *b3), weights, decay, divide)
         assert_close(got[name], want, 1e-12)
     adam = optax.adamw(LR, eps=EPS, eps_root=1e-16, weight_decay=0.0)
-    ((want, _), *_) = reversed(_run(adam, w["bias"], [g["bias"] for g in gradients]))
+    want = _run(adam, w["bias"], [g["bias"] for g in gradients])[-1][0]
     assert_close(got["bias"], want, 1e-12)
 
 
@@ -109,8 +110,9 @@ def test_ema_is_its_loop(scales, slow, divide, x64, rng):
 def test_the_slow_memory_changes_at_its_multiples_and_acts_from_the_next_step(mode, x64, rng):
     """Bit for bit, and its window is exactly F gradients: changing an older one or a newer one changes nothing."""
     w, gradients = rng.normal(size=(3, 4)), [rng.normal(size=(3, 4)) for _ in range(2 * F + 1)]
-    tx = scale_by_m3(mode=mode, **OPTIONS)
-    fast_only = scale_by_m3(mode=mode, **(OPTIONS | {"slow_weight": 0.0}))
+    tx: Any = scale_by_m3(mode=mode, **OPTIONS)
+    other: dict[str, Any] = OPTIONS | {"slow_weight": 0.0}
+    fast_only: Any = scale_by_m3(mode=mode, **other)
     step, fast_step = compiled(tx.update), compiled(fast_only.update)
     state, alone = tx.init(w), fast_only.init(w)
     for t, g in enumerate(gradients, 1):
@@ -133,7 +135,8 @@ def test_literal_ignores_the_gains_of_its_momenta(x64, rng):
     w, gradients = _start(rng), _gradients(rng, 12, scale=10.0)  # far above the 1e-7 beside the norm
 
     def last(lr, **changed):
-        return _run(m3(lr, mode="literal", **(OPTIONS | {"eps": 0.0} | changed)), w, gradients)[-1][0]
+        options: dict[str, Any] = OPTIONS | {"eps": 0.0} | changed
+        return _run(m3(lr, mode="literal", **options), w, gradients)[-1][0]
 
     base, other, rescaled = last(LR), last(LR, b1=0.05, b3=3.0), last(LR * 2, b2=4 * B2)
     for name in ("w", "stack"):
@@ -145,7 +148,8 @@ def test_literal_ignores_the_gains_of_its_momenta(x64, rng):
 def test_literal_steps_shrink_and_are_inversely_proportional_to_the_gradients(x64, rng):
     """Nothing decays: with equal gradients step t is t^(-1/2) of the first. Gradients of a thousandth: 1,000 times."""
     g = rng.normal(size=(3, 4))
-    tx: Any = scale_by_m3(mode="literal", **(OPTIONS | {"eps": 0.0, "scales": (1,)}))
+    options: dict[str, Any] = OPTIONS | {"eps": 0.0, "scales": (1,)}
+    tx: Any = scale_by_m3(mode="literal", **options)
     state, steps = tx.init(g), []
     for _ in range(9):
         u, state = tx.update(g, state)
@@ -219,6 +223,7 @@ def test_one_scale_is_muon_with_steps_of_equal_rms(rng):
 
 # --- which parameters are matrices ------------------------------------------------------------------------------------
 
+HALF: Any = (1, 2.5)
 W = {"wq": jnp.ones((2, 3)), "norm": {"scale": jnp.ones((2, 3))}, "bias": jnp.ones(3)}
 
 
@@ -280,7 +285,7 @@ def test_inside_a_partition(rng):
     (lambda: m3(LR, mode="exact"), 'modes "ema" and "literal"; got mode=\'exact\''),
     (lambda: m3(LR, scales=(2, 4)), r"1 first, then growing.*got \(2, 4\)"),
     (lambda: m3(LR, scales=(1, 4, 4)), r"got \(1, 4, 4\)"),
-    (lambda: m3(LR, scales=(1, 2.5)), r"got \(1, 2.5\)"),
+    (lambda: m3(LR, scales=HALF), r"got \(1, 2.5\)"),
     (lambda: m3(LR, scales=()), r"got \(\)"),
     (lambda: m3(LR, b3=(0.9, 0.9)), r"b3 is one number or one for each of the 1 slow scales; got \(0.9, 0.9\)"),
     (lambda: m3(LR, scales=(1, 2, 4), slow_weight=(0.1,)), "slow_weight.*each of the 2"),

@@ -15,7 +15,7 @@ from tests.oracles import assert_close
 N = 3  # matrices in a stack
 
 
-def _matrices(rng, rows, columns, values):
+def _matrices(rng, rows, columns, values) -> Any:
     """A stack of N matrices [rows, columns], each with these singular values in its own directions."""
     u, _ = np.linalg.qr(rng.normal(size=(N, rows, rows)))
     v, _ = np.linalg.qr(rng.normal(size=(N, columns, columns)))
@@ -30,7 +30,7 @@ def _in_directions(y, u, v):
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3)])
 def test_the_cubic_converges_to_the_polar_factor(shape, x64, rng):
-    x = rng.normal(size=shape)
+    x: Any = rng.normal(size=shape)
     u, _, vt = np.linalg.svd(x, full_matrices=False)
     assert_close(newton_schulz(x, 30, "cubic"), u @ vt, 1e-10)
 

@@ -46,7 +46,7 @@ def _gradients(case: Case, dtype: Any = jnp.float32, **shapes: tuple[int, ...]) 
 def _run(case: Case, tx: Any, params: Any, gradients: list[Any]) -> tuple[list[Any], Any, int]:
     """Updates of every step, the last state, and how often the step was compiled."""
     tx = optax.with_extra_args_support(tx)
-    step = compiled(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
+    step: Any = compiled(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
     state, history = tx.init(params), []
     for g in gradients:
         updates, state = step(g, state, params)
@@ -139,7 +139,7 @@ def test_injected_hyperparameters(name):
     case = CASES[name]
     tx: Any = optax.inject_hyperparams(case.make)(**case.numbers)
     params, gradients = _tree(case, 0), _gradients(case)
-    step = compiled(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
+    step: Any = compiled(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
 
     def run(state):
         p, history = params, []
@@ -178,7 +178,7 @@ def test_masked_and_none_leaves(name):
 @contract
 def test_empty_trees(name):
     case = CASES[name]
-    tx = optax.with_extra_args_support(case.make(**case.numbers))
+    tx: Any = optax.with_extra_args_support(case.make(**case.numbers))
     for empty in ({}, (), {"a": None}):
         updates, _ = tx.update(empty, tx.init(empty), empty, **case.extra(empty))
         assert updates == empty
@@ -275,7 +275,7 @@ def test_a_state_is_sharded_like_its_parameter(name):
         )
 
     same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)  # noqa: E731
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
+    step: Any = jax.jit(lambda g, s, p: tx.update(g, s, p, **case.extra(p)))
     p = place(params)
     everywhere = NamedSharding(mesh, P())  # counts; left on one device, the second call would compile again
     state = over_state(lambda x, _: x, tx.init(p), lambda x: jax.device_put(x, everywhere))
