@@ -103,8 +103,13 @@ CASES = {
     "delta_momentum": Case(delta_momentum, MOMENTUM, rate=1e-3),
     "delta_momentum, exact": Case(partial(delta_momentum, step="exact"), MOMENTUM, rate=1e-3),
     "feature_momentum": Case(feature_momentum, MOMENTUM, rate=1e-4),
-    "output_momentum": Case(output_momentum, MOMENTUM, matrices=True),
-    "output_momentum, sign": Case(partial(output_momentum, sigma=jnp.sign), MOMENTUM, rate=1e-2),
+    # injecting takes every function for a schedule, unless static_args="sigma"
+    "output_momentum": Case(
+        lambda learning_rate, alpha: output_momentum(learning_rate, alpha), MOMENTUM, matrices=True
+    ),
+    "output_momentum, sign": Case(
+        lambda learning_rate, alpha: output_momentum(learning_rate, alpha, sigma=jnp.sign), MOMENTUM, rate=1e-2
+    ),
     "deep_momentum": Case(
         deep_momentum,
         MOMENTUM,
