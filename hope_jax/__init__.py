@@ -37,18 +37,38 @@ What is known by other names is an arrangement of these (each line is proven in 
     nested CMS              the same, each level followed by level(cms_memory, tx_{l+1}, C_{l+1}, restarts=True)
     independent CMS         the same levels side by side: x + sum of softmax(logits)_l MLP_l(norm(x))
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
+                          = generalised_momentum(optax.chain(ggd(dot_product), retention(alpha))) of Outer factors
+    GGD (59)                ggd(objective, retention): the dot product is gradient descent, the regression dgd()
+    heavy ball              nest of m, optax.chain(optax.sgd(eta), retention(alpha)), and w, optax.sgd(1.0) of error -m,
+                            with the model at w + m
+    delta momentum          delta_momentum: dgd whose weights are m and whose keys are gradients
+    Muon                    output_momentum(sigma=newton_schulz): momentum read through its polar factor
+    Adam                    two levels average g and v = g^2; the update is the regression (101) of sqrt(v) on gradients
+    RMSProp                 the same, where all targets but the latest are zero
+    AdaGrad                 RMSProp that forgets nothing
     M3 (75)                 levels of clocks 1 and f whose data are gradients, read through newton_schulz: m3
     MLP block               a level with learning rate 0
 """
 
 from hope_jax.adamuon import adamuon, scale_by_adamuon
 from hope_jax.attention import softmax_attention
+from hope_jax.capture import LocalSurprise, factor_labels, local_surprise, value_and_factors
 from hope_jax.cms import cms, cms_chain, cms_memory, cms_mixture, slow_period
+from hope_jax.deep_momentum import deep_momentum
+from hope_jax.ggd import generalised_momentum, ggd
 from hope_jax.levels import level
 from hope_jax.m3 import m3, scale_by_m3
 from hope_jax.matrix_parameters import hidden_matrices
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
+from hope_jax.minibatch import add_delta_decay, mean_factors, minibatch
 from hope_jax.miras import memora, miras, moneta, yaad
+from hope_jax.momentum import (
+    delta_momentum,
+    feature_momentum,
+    learned_preconditioner,
+    output_momentum,
+    preconditioned_momentum,
+)
 from hope_jax.nesting import nest
 from hope_jax.newton_schulz import newton_schulz
 from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
@@ -90,6 +110,7 @@ from hope_jax.types import (
 __all__ = [
     "Level",
     "LevelState",
+    "LocalSurprise",
     "Memory",
     "Nest",
     "NestState",
@@ -100,6 +121,7 @@ __all__ = [
     "Tokens",
     "Write",
     "adamuon",
+    "add_delta_decay",
     "atlas",
     "carry_momentum",
     "closed_loop",
@@ -111,27 +133,37 @@ __all__ = [
     "comba",
     "contract",
     "deep_memory",
+    "deep_momentum",
+    "delta_momentum",
     "delta_net",
     "dgd",
     "dgd_attention",
     "dot_product",
     "every",
+    "factor_labels",
+    "feature_momentum",
     "gated_delta_net",
     "gated_linear_attention",
+    "generalised_momentum",
+    "ggd",
     "gram",
     "heavy_ball",
     "hidden_matrices",
     "huber",
     "huber_norm",
     "l2_regression",
+    "learned_preconditioner",
     "level",
     "linear_attention",
     "linear_attention_pp",
     "linear_memory",
+    "local_surprise",
     "longhorn",
     "lp_regression",
     "m3",
+    "mean_factors",
     "memora",
+    "minibatch",
     "miras",
     "mlp_memory",
     "moneta",
@@ -140,6 +172,8 @@ __all__ = [
     "newton_schulz",
     "oja",
     "omega",
+    "output_momentum",
+    "preconditioned_momentum",
     "reset_momentum",
     "retention",
     "retnet",
@@ -151,5 +185,6 @@ __all__ = [
     "steps_until_due",
     "titans_lmm",
     "ttt_linear",
+    "value_and_factors",
     "yaad",
 ]

@@ -41,13 +41,13 @@ class ChunkForm(NamedTuple):
 
 
 class FactoredTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation that also has a chunk form; it accepts `Outer` leaves as updates."""
+    """An optax transformation that accepts `Outer` leaves as updates; None for `form`: a level steps it by tokens."""
 
-    form: ChunkForm
+    form: ChunkForm | None
 
 
-def factored(init: Callable, update: Callable, form: ChunkForm) -> FactoredTransformation:
-    """An optax transformation (init, update) together with its chunk form."""
+def factored(init: Callable, update: Callable, form: ChunkForm | None = None) -> FactoredTransformation:
+    """An optax transformation (init, update) together with its chunk form, if it has one."""
     tx = FactoredTransformation(init, update)
     tx.form = form
     return tx

@@ -14,6 +14,7 @@ import optax
 from hope_jax.chunk_form import gate
 from hope_jax.levels import level
 from hope_jax.local import heads_first, local_write
+from hope_jax.momentum import descent
 from hope_jax.nesting import nest
 from hope_jax.newton_schulz import newton_schulz
 from hope_jax.objectives import l2_regression
@@ -114,18 +115,8 @@ def atlas(memory: Memory, widths: tuple[int, int], chunk_size: int, window: int,
 
     muon = optax.stateless_with_tree_map(orthogonal)
     names = ("eta", "log_alpha", "log_mu")
-    lev = level(memory, optax.chain(heavy_ball(), muon, _descent(), retention()), chunk_size, gates=names)
+    lev = level(memory, optax.chain(heavy_ball(), muon, descent(), retention()), chunk_size, gates=names)
     return _windowed(lev, memory, widths, window, names, plan)
-
-
-def _descent() -> optax.GradientTransformationExtraArgs:
-    """-eta times the update, with the gate eta."""
-
-    def update(updates: Any, state: Any, params: Params = None, **gates: Any):
-        del params
-        return jax.tree.map(lambda u: (-gates["eta"] * u).astype(u.dtype), updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _windowed(

@@ -41,6 +41,8 @@ def dgd(
 ) -> FactoredTransformation:
     """Delta gradient descent: gradient descent that also forgets along the direction it writes.
 
+    The rule of a memory, or the optimizer of a network's layers with the factors of `value_and_factors`.
+
     One token with input k and output error d, for row vectors (S = W^T):
 
         S <- (alpha I - eta' k k^T) S - eta' k d^T        eta' = eta / (1 + eta ||k||^2)
@@ -62,14 +64,15 @@ def dgd(
     Returns:
         A transformation. Updates may be a tree of `Outer` ([..., C, K] and [..., C, V], any C), with extra
         arguments `eta`, `alpha`/`log_alpha`, `mu`/`log_mu` of shape [..., C] or scalars; or dense gradients
-        [..., K, V] with the extra argument `gram`, a tree of key^T key [..., K, K], and gates that are scalars or
-        [..., 1, 1]: one step on the whole batch (S3.3, S3.4). With exact and decay=False its size is that of
-        trace(gram), smaller than the tokens' own sizes if there are several.
+        [..., K, V] with the extra argument `inputs`, a tree of the layers' inputs X [..., N, K], or `gram`, a tree of
+        X^T X [..., K, K], and gates that are scalars or [..., 1, 1]: one step on the whole batch (S3.3, S3.4; from
+        factors, `minibatch(dgd(...))`). With exact and decay=False its size is that of trace(gram), smaller than
+        the tokens' own sizes if there are several.
 
     Raises:
-        TypeError: a dense update without `gram=`.
+        TypeError: a dense update without `inputs=` or `gram=`.
         ValueError: a negative learning rate, a momentum outside [0, 1), neither a learning rate nor an `eta`, a
-            momentum gate that is missing, or dense gates of another shape.
+            momentum gate that is missing, dense gates of another shape, or a leaf that is no matrix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -139,29 +142,49 @@ def dgd(
         }
 
     def init(params: Params) -> DGDState:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.ndim(leaf) < 2:
+                raise ValueError(
+                    f"dgd writes matrices [..., K, V]; {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}. Give "
+                    "it to another transformation with optax.partition; factor_labels makes the labels"
+                )
         return DGDState(None if momentum is None else jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: Any, params: Params = None, *, gram: Any = None, **gates: Any):
+    def update(updates: Any, state: Any, params: Params = None, *, gram: Any = None, inputs: Any = None, **gates: Any):
         if params is None:
             raise ValueError("dgd needs the current weights: call update(updates, state, params)")
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_outer)
         if all(map(is_outer, leaves)):
             return from_factors(updates, state, params, gates)
-        if gram is None:
-            raise TypeError(
-                "dgd got a dense gradient: pass Outer(delta, key) factors, or gram= with key^T key. Inside a chain it "
-                "gets gram= in a local level (objective=...); a global level takes dgd alone"
-            )
+        grams = grams_of(updates, gram, inputs)
         if momentum is not None or input_leaf is not None:
-            raise TypeError("dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients")
-        steps = map(
-            from_gram,
-            leaves,
-            treedef.flatten_up_to(gram),
-            treedef.flatten_up_to(params),
-            [gates] * len(leaves),
-        )
+            raise TypeError(
+                "dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients; for momentum "
+                "from step to step put heavy_ball(mu) behind dgd"
+            )
+        steps = map(from_gram, leaves, grams, treedef.flatten_up_to(params), [gates] * len(leaves))
         return treedef.unflatten(steps), state
+
+    def grams_of(updates: Any, gram: Any, inputs: Any) -> list:
+        """key^T key for each dense gradient, from trees that may go on where the updates are masked."""
+        if inputs is not None:
+            gram = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2) @ x, inputs)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_outer)
+        grams: list[Any] = [None] * len(paths)
+        if gram is not None:
+            masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+            own = lambda u, a: u if masked(u) else a  # noqa: E731
+            stops = lambda node: is_outer(node) or masked(node)  # noqa: E731
+            grams = treedef.flatten_up_to(jax.tree.map(own, updates, gram, is_leaf=stops))
+        for (path, leaf), a in zip(paths, grams, strict=True):
+            if a is None or is_outer(leaf):
+                where = f" for {jax.tree_util.keystr(path)}" if path else ""
+                raise TypeError(
+                    f"dgd got a dense gradient{where}: pass Outer(delta, key) factors for every leaf, as "
+                    "value_and_factors gives them, or inputs= with the layers' inputs, or gram= with key^T key. Inside "
+                    "a chain it gets gram= in a local level (objective=...); a global level takes dgd alone"
+                )
+        return grams
 
     def from_factors(errors: Any, state: Any, params: Params, gates: Gates):
         new, z, _ = run_tree(recurrences(errors, gates), params, state.momentum)

@@ -30,14 +30,17 @@ class Outer(NamedTuple):
     key: jax.Array  # [..., C, K]  input of the matrix
 
 
-def contract(error: Outer) -> jax.Array:
+def contract(error: Any) -> Any:
     """The dense gradient [..., K, V] of a factored error: `key^T delta` (spec 2.3).
+
+    A tree of errors gives the tree of gradients; its dense leaves are gradients already.
 
     Example:
         >>> contract(Outer(delta=jnp.ones((3, 1)), key=jnp.ones((3, 2)))).tolist()
         [[3.0], [3.0]]
     """
-    return jnp.swapaxes(error.key, -1, -2) @ error.delta
+    dense = lambda e: jnp.swapaxes(e.key, -1, -2) @ e.delta if is_outer(e) else e  # noqa: E731
+    return jax.tree.map(dense, error, is_leaf=is_outer)
 
 
 def gram(error: Outer) -> jax.Array:

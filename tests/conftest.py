@@ -29,3 +29,11 @@ def _clear_compiled_programs():
     """Compiled programs of one test module do not stay in memory for the next."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(request):
+    """Outside the kernels most of a test is compilation, and nothing measures speed."""
+    jax.config.update("jax_disable_most_optimizations", "kernels" not in request.path.parts)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -8,7 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax import adamuon, cms_schedule, dgd, every, heavy_ball, m3, retention
+from hope_jax import (
+    adamuon,
+    cms_schedule,
+    deep_momentum,
+    delta_momentum,
+    dgd,
+    every,
+    feature_momentum,
+    generalised_momentum,
+    ggd,
+    heavy_ball,
+    huber,
+    learned_preconditioner,
+    m3,
+    output_momentum,
+    preconditioned_momentum,
+    retention,
+)
 
 
 class Case(NamedTuple):
@@ -43,6 +60,7 @@ def _levels(learning_rate: Any) -> Any:
 LR = {"learning_rate": 0.1}
 NAN = "a square root without eps_root has no derivative at a zero gradient"
 NS = ("quintic", 2)  # fewer steps than anyone takes compile faster
+MOMENTUM = LR | {"alpha": 0.9}
 M3 = LR | {"b1": 0.9, "b3": 0.8, "slow_weight": 0.3}
 
 CASES = {
@@ -72,6 +90,34 @@ CASES = {
         lambda learning_rate, alpha: optax.chain(optax.sgd(learning_rate), retention(alpha)),
         LR | {"alpha": 0.99},
         {"test_converges": "it rests between the optimum and zero"},
+    ),
+    "preconditioned_momentum": Case(
+        partial(preconditioned_momentum, precondition=optax.scale_by_rms(eps_in_sqrt=True)), MOMENTUM, rate=1e-3
+    ),
+    "learned_preconditioner": Case(
+        lambda learning_rate: optax.chain(learned_preconditioner(0.1), optax.scale_by_learning_rate(learning_rate)),
+        LR,
+        {"test_a_state_is_sharded_like_its_parameter": "its memory [..., V, V] has another shape than its parameter"},
+        rate=1e-3,
+    ),
+    "delta_momentum": Case(delta_momentum, MOMENTUM, rate=1e-3),
+    "delta_momentum, exact": Case(partial(delta_momentum, step="exact"), MOMENTUM, rate=1e-3),
+    "feature_momentum": Case(feature_momentum, MOMENTUM, rate=1e-4),
+    "output_momentum": Case(output_momentum, MOMENTUM, matrices=True),
+    "output_momentum, sign": Case(partial(output_momentum, sigma=jnp.sign), MOMENTUM, rate=1e-2),
+    "deep_momentum": Case(
+        deep_momentum,
+        MOMENTUM,
+        {"test_a_state_is_sharded_like_its_parameter": "its memory [V, F] has another shape than its parameter"},
+        rate=1e-2,
+    ),
+    "generalised_momentum": Case(
+        lambda learning_rate: generalised_momentum(
+            optax.chain(ggd(huber(), learning_rate=learning_rate), retention(0.9)), keys="gradient"
+        ),
+        LR,
+        rate=1e-3,
+        matrices=True,
     ),
     "dgd": Case(
         dgd, LR, {"test_converges": "it also forgets along its inputs"}, matrices=True, extra=_orthonormal_inputs

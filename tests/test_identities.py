@@ -54,6 +54,7 @@ from hope_jax import (
 from hope_jax.local import local_output
 from hope_jax.oja import oja_error
 from hope_jax.writing import factored_errors
+from tests import test_optimizer_identities as optimizers
 from tests.oracles import (
     assert_close,
     cms_loop,
@@ -575,7 +576,14 @@ OTHERS = {
     "CMS": test_continuum_memory_system,
     "nested CMS": test_nested_continuum_memory_system,
     "independent CMS": test_independent_continuum_memory_system,
-    "momentum": test_momentum,
+    "momentum": (test_momentum, optimizers.test_momentum_is_a_retained_dot_product),
+    "GGD (59)": optimizers.test_generalised_gradient_descent,
+    "heavy ball": optimizers.test_heavy_ball_is_a_nest_of_two_levels,
+    "delta momentum": optimizers.test_delta_momentum_is_dgd_on_a_momentum,
+    "Muon": optimizers.test_muon_is_newton_schulz_of_linear_momentum,
+    "Adam": (optimizers.test_adam_is_a_regression, optimizers.test_adam_is_read_from_two_levels),
+    "RMSProp": optimizers.test_rmsprop_is_a_regression,
+    "AdaGrad": optimizers.test_adagrad_is_a_regression,
     "M3 (75)": test_m3,
     "MLP block": test_mlp_block,
 }

@@ -183,6 +183,7 @@ def _self_modifying(c: ModelConfig) -> SequenceLayer:
         SelfModifyingConfig(
             dim=c.dim,
             heads=c.heads,
+            memory=c.memory,
             memory_hidden=c.memory_hidden,
             chunk_proj=c.chunk_proj,
             chunk_mem=c.chunk_mem,

@@ -24,6 +24,8 @@ class ModelConfig:
       dim: width D of the residual stream.
       layers: number of blocks.
       heads: heads of the mixer, attention or a memory each; must divide `dim` unless `head_dim` is given.
+      memory: of self-modifying Titans: "mlp" (89), or "linear", a matrix per box (93), whose transitions reach
+        eigenvalues of -1 at chunk 1.
       memory_hidden: hidden width F of each MLP memory.
       chunk_proj: tokens per write of the boxes that make k, v and the gates; it divides `chunk_mem` or the
         reverse.
@@ -80,6 +82,7 @@ class ModelConfig:
     dim: int = 64
     layers: int = 2
     heads: int = 2
+    memory: Literal["mlp", "linear"] = "mlp"
     memory_hidden: int = 32
     chunk_proj: int = 4
     chunk_mem: int = 4

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _CHOICES = {
     "name": tuple(ARCHITECTURES),
+    "memory": ("mlp", "linear"),
     "read": ("start", "before"),
     "mlp_rule": ("input", "layerwise"),
     "miras": ("moneta", "yaad", "memora"),

@@ -21,11 +21,9 @@ from tests.kernels import aot_calls
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.aot
 
-# One chip of each generation of the matrix unit in the fast suite.
-CHIPS = [pytest.param(t, marks=[] if t == "v6e:2x2" else pytest.mark.slow) for t in budget.TOPOLOGIES]
 
-
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", budget.TOPOLOGIES)
 def test_schedule_is_within_the_budget(topology):
     """At most a tenth worse; after an improvement, python -m hope_kernels.delta_rule.pallas_tpu.budget --write."""
     allowed = budget.committed()[topology]

@@ -21,6 +21,7 @@ CASES = {
     "hope_switches": dataclasses.replace(
         _SMALL, chunk_proj=2, adaptive_q=True, momentum="gate", read="before", mlp_rule="layerwise"
     ),
+    "hope_linear": dataclasses.replace(_SMALL, memory="linear", chunk_proj=1, chunk_mem=1, momentum=None, eta_init=1.0),
     "hope_attention_fast": dataclasses.replace(
         _SMALL, name="hope_attention", max_length=24, cms_chunks=(4, 8), cms_hidden=(16, 16)
     ),

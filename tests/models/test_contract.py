@@ -93,7 +93,7 @@ def test_every_parameter_learns_and_the_first_loss_is_log_vocabulary(case):
         assert (per_layer > 0).all(), name
 
 
-@pytest.mark.parametrize("cut", [5, 12])
+@pytest.mark.parametrize("cut", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_one_call_is_any_split_with_the_phase_known(case, cut):
     state, head = case.apply(case.params, case.fresh, case.tokens[:, :cut], phase=0)
     state, tail = case.apply(case.params, state, case.tokens[:, cut:], phase=cut)
