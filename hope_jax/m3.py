@@ -171,9 +171,9 @@ def m3(
         weight decay  decoupled, of the matrices                    none
 
     "literal" is the published algorithm to the letter. Its epsilon is not published and decides everything: with a tiny
-    one a step is inversely proportional to the size of the gradients and diverges at every learning rate, between 0.1
-    and 1 it trains; sweep it. Nothing decays there, b1 and b3 do not reach the matrices (Newton-Schulz ignores scale),
-    and b2 only rescales their learning rate.
+    one a step is inversely proportional to the size of the gradients. A small classifier trained at no learning rate
+    with 1e-8, and at the right one with 1e-3 to 1; sweep it. Nothing decays there, b1 and b3 do not reach the matrices
+    (Newton-Schulz ignores scale), and b2 only rescales their learning rate.
 
     Args:
         learning_rate: a number or a schedule; in "ema" of the size that AdamW takes.
