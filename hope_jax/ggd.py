@@ -6,6 +6,7 @@ a momentum in the place of the weights.
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -134,9 +135,11 @@ def ggd(
 
     Reference: paper (59)-(60), (98)-(99); spec 3.6.
     """
-    window, distance = (retention, None) if isinstance(retention, int) else (1, retention)
-    if window < 1:
+    window, distance = (1, retention) if callable(retention) else (retention, None)
+    if not isinstance(window, Integral) or window < 1:
         raise ValueError(f"ggd's retention is a number of weights, at least 1, or a function; got {retention}")
+    if callable(learning_rate):
+        raise TypeError("ggd's learning_rate is a number; for a schedule give eta= or use optax.inject_hyperparams")
     if steps < 1:
         raise ValueError(f"ggd takes at least 1 step; got steps={steps}")
     if isinstance(learning_rate, float | int) and not learning_rate >= 0:

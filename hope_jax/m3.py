@@ -91,8 +91,10 @@ def scale_by_m3(
         if ns is not None:
             check_matrices(params, "m3")
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        slow = tuple(SlowScale(zeros(), zeros(), zeros()) for _ in periods)
-        return ScaleByM3State(jnp.zeros((), jnp.int32), zeros(), zeros() if literal or divide else None, slow)
+        wide = lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+        sums = lambda: jax.tree.map(wide, params)  # noqa: E731  in bfloat16 they would stop growing
+        slow = tuple(SlowScale(zeros(), sums(), zeros()) for _ in periods)
+        return ScaleByM3State(jnp.zeros((), jnp.int32), zeros(), sums() if literal or divide else None, slow)
 
     def advance(scale: SlowScale, updates: Any, due: jax.Array, period: int, b: Any) -> SlowScale:
         """Gathers the gradient, and at the boundary writes what has been gathered."""
@@ -214,7 +216,7 @@ def m3(
         for name, value in (("weight_decay", weight_decay), ("adam_weight_decay", adam_weight_decay)):
             if isinstance(value, Real) and value:
                 raise ValueError(f'mode="literal" has no weight decay; got {name}={value}: use mode="ema"')
-        parts = by_matrix(matrix, scale_by_m3(**options, ns=None), _two_or_more_axes if labels is None else labels)
+        parts = by_matrix(matrix, scale_by_m3(**options, ns=None), labels, default=_two_or_more_axes)
         return optax.chain(parts, optax.scale_by_learning_rate(learning_rate))
     return by_matrix(
         optax.chain(matrix, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)),

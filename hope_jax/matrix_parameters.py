@@ -1,6 +1,7 @@
 """Which parameters are hidden matrices, for optimizers that treat a matrix as one thing: labels, parts, rms."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from hope_jax.types import Params, path_string
 type Labels = Any  # a tree of "matrix" and "other" like the parameters or a prefix of them, or a function that makes it
 
 MATRIX, OTHER = "matrix", "other"
-_NAMES = {"head", "lm_head", "wte", "wpe"}  # on the way to a leaf
-_WORDS = {"embed", "embedding", "embeddings", "embedder", "unembed", "conv", "gates", "adjust"}  # in such a name
+_WORDS = {"embed", "embedding", "embeddings", "embedder", "unembed", "unembedding", "wte", "wpe", "head", "ln"}
+_WORDS |= {"conv", "gates", "adjust"}  # in a name on the way to a leaf
 _WORDS |= {"norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm"}
 _VECTORS = {"scale", "bias", "logits", "skip", "persistent"}  # in the leaf's own name
 
@@ -43,25 +44,29 @@ def _is_hidden(path: Any, leaf: Any) -> bool:
         return False
     names = path_string(path).lower().split("/")
     words = [set(re.findall(r"[a-z]+", name)) for name in names]
-    return not (_NAMES & set(names) or _WORDS & set().union(*words) or _VECTORS & words[-1])
+    return not (_WORDS & set().union(*words) or _VECTORS & words[-1])
 
 
 def by_matrix(
-    matrix: optax.GradientTransformation, other: optax.GradientTransformation, labels: Labels | None = None
+    matrix: optax.GradientTransformation,
+    other: optax.GradientTransformation,
+    labels: Labels | None = None,
+    default: Callable[[Params], Any] = hidden_matrices,
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation for the matrices and another for the rest.
 
     Args:
         matrix: for the leaves labelled "matrix".
         other: for those labelled "other".
-        labels: a tree or a function of the parameters; None: `hidden_matrices`.
+        labels: a tree or a function of the parameters; None: `default`, which may find no matrix.
 
     Raises:
         ValueError: at `init`, labels of the caller that are neither, or that make nothing a matrix.
     """
 
     def resolve(tree: Params) -> Any:
-        return hidden_matrices(tree) if labels is None else labels(tree) if callable(labels) else labels
+        made_of = default if labels is None else labels
+        return made_of(tree) if callable(made_of) else made_of
 
     parts = optax.partition({MATRIX: matrix, OTHER: other}, resolve)
 

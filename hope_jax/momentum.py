@@ -133,7 +133,7 @@ def unit(g: jax.Array) -> jax.Array:
 
 
 def learned_preconditioner(
-    zeta: float = 0.1, key: Callable[[jax.Array], jax.Array] = unit
+    zeta: float = 0.1, key: Callable[[jax.Array], jax.Array] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """A preconditioner that is itself a memory: P g, then P <- P - zeta (P g^ - g) g^^T, in columns.
 
@@ -142,7 +142,7 @@ def learned_preconditioner(
 
     Args:
         zeta: learning rate of P; with keys of norm 1 or less stable below 2.
-        key: g [..., K, V] -> g^ of the same shape; the paper leaves it open. The default divides by the norm: P tends
+        key: g [..., K, V] -> g^ of the same shape; the paper leaves it open. None divides by the norm: P tends
             to the norm of the gradients along their directions, and steps shrink faster than gradients do. With
             `newton_schulz` it is nearly a running mean of (G G^T)^(1/2).
 
@@ -159,6 +159,7 @@ def learned_preconditioner(
     """
     if isinstance(zeta, int | float) and not zeta >= 0:
         raise ValueError(f"learned_preconditioner's zeta is a step size, at least 0; got {zeta}")
+    normalise = unit if key is None else key
 
     def start(p: jax.Array) -> jax.Array:
         m = wide(as_matrix(p))
@@ -169,7 +170,7 @@ def learned_preconditioner(
 
     def write(g: jax.Array, p: jax.Array) -> jax.Array:
         value = wide(as_matrix(g))
-        k = key(value)
+        k = normalise(value)
         return (p - zeta * ((k @ p.mT - value).mT @ k)).astype(p.dtype)
 
     def init(params: Params) -> Any:
@@ -329,7 +330,7 @@ def output_momentum(
     learning_rate: Rate | None = None,
     alpha: float = 0.95,
     *,
-    sigma: Callable[[jax.Array], jax.Array] = newton_schulz,
+    sigma: Callable[[jax.Array], jax.Array] | None = None,
     precondition: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that is read through a function, m <- alpha m - P(g), and eta sigma(m) is the update.
@@ -340,7 +341,7 @@ def output_momentum(
     Args:
         learning_rate: eta, a number or a schedule; None if the extra argument `eta` gives it.
         alpha: retained fraction of m in [0, 1).
-        sigma: leaf -> leaf of the same shape.
+        sigma: leaf -> leaf of the same shape. None: `newton_schulz`.
         precondition: P, any optax transformation. None: the identity.
 
     Raises:
@@ -355,7 +356,8 @@ def output_momentum(
     Reference: paper (42), (52); spec 4.5.
     """
     check_rates("output_momentum", learning_rate, alpha)
-    read = _each_leaf("output_momentum's sigma", lambda trace: -sigma(-trace))  # m is minus the trace of P(g)
+    function = newton_schulz if sigma is None else sigma
+    read = _each_leaf("output_momentum's sigma", lambda trace: -function(-trace))  # m is minus the trace of P(g)
     before = () if precondition is None else (precondition,)
     return optax.chain(*before, heavy_ball(alpha), read, descent(learning_rate, "output_momentum"))
 

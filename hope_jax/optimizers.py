@@ -1,6 +1,7 @@
 """Levels outside the sequence: clocks for the outer optimizer, and what happens to their momenta between tasks."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from hope_jax.types import Params, path_string
 
 
 class EveryState(NamedTuple):
-    pending: Params  # like the updates: their sum since the last step
+    pending: Params  # like the parameters, float32 or wider: the sum of the updates since the last step
     due: jax.Array  # int32[]: calls until the rule steps, that call included: k after a step, 1 just before
     inner: optax.OptState
 
@@ -32,7 +33,7 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
         reduce: "sum" (paper (71)) or "mean" of the k updates.
 
     Raises:
-        ValueError: k below 1 or an unknown reduction.
+        ValueError: k below 1 or no whole number, or an unknown reduction.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -43,8 +44,7 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
 
     Reference: paper (71) for a level slower than a training step; spec 4.9.
     """
-    if k < 1:
-        raise ValueError(f"every(k, tx) needs k >= 1 steps; got {k}")
+    _check_period(k, "every(k, tx)")
     if reduce not in ("sum", "mean"):
         raise ValueError(f'every reduces by "sum" or "mean"; got {reduce!r}')
     tx = optax.with_extra_args_support(tx)
@@ -52,14 +52,15 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
         return tx
 
     def init(params: Params) -> EveryState:
-        return EveryState(jax.tree.map(jnp.zeros_like, params), jnp.full((), k, jnp.int32), tx.init(params))
+        zero = lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+        return EveryState(jax.tree.map(zero, params), jnp.full((), k, jnp.int32), tx.init(params))
 
     def update(updates: Any, state: Any, params: Params = None, **extra: Any):
         pending = jax.tree.map(lambda a, g: (a + g).astype(a.dtype), state.pending, updates)
 
         def step() -> tuple[Any, EveryState]:
             total = pending if reduce == "sum" else jax.tree.map(lambda g: g / k, pending)
-            new, inner = tx.update(total, state.inner, params, **extra)
+            new, inner = tx.update(jax.tree.map(_cast, total, updates), state.inner, params, **extra)
             new, inner = jax.tree.map(_cast, (new, inner), (updates, state.inner))
             return new, EveryState(jax.tree.map(jnp.zeros_like, pending), jnp.full_like(state.due, k), inner)
 
@@ -107,8 +108,7 @@ def cms_schedule(
     if set(rules) != set(periods):
         raise ValueError(f"cms_schedule has periods for {_listed(periods)} and rules for {_listed(rules)}")
     for label, k in periods.items():
-        if k < 1:
-            raise ValueError(f"cms_schedule needs periods of at least 1 step; got {k} for {label!r}")
+        _check_period(k, f"cms_schedule's {label!r}")
     parts = optax.partition({label: every(k, rules[label], reduce) for label, k in periods.items()}, labels)
 
     def init(params: Params) -> optax.OptState:
@@ -130,6 +130,11 @@ def cms_schedule(
     return optax.GradientTransformationExtraArgs(init, parts.update)
 
 
+def _check_period(k: Any, what: str) -> None:
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"{what} takes a whole number of steps, 1 (each step) or more; got {k}")
+
+
 def _listed(labels: Any) -> str:
     return ", ".join(sorted(map(repr, labels)))
 
@@ -138,7 +143,8 @@ def steps_until_due(state: Any) -> Any:
     """When the next update is due: calls of `update` until the rule steps, that call included.
 
     Args:
-        state: of `every`, or of `cms_schedule`; that of any other transformation steps at each call.
+        state: of `every` or `cms_schedule`, or of a chain or wrapper with one of them inside, the first of which
+            counts; any other transformation steps at each call.
 
     Returns:
         int32[], or for `cms_schedule` (and any `optax.partition`) a dict of them by label.
@@ -153,7 +159,15 @@ def steps_until_due(state: Any) -> Any:
     if isinstance(state, optax.transforms.PartitionState):
         masked: Mapping[Any, Any] = state.inner_states
         return {label: steps_until_due(part.inner_state) for label, part in masked.items()}
+    if isinstance(state, tuple):
+        for part in state:
+            if any(map(_is_clocked, jax.tree.leaves(part, is_leaf=_is_clocked))):
+                return steps_until_due(part)
     return jnp.ones((), jnp.int32)
+
+
+def _is_clocked(state: Any) -> bool:
+    return isinstance(state, EveryState | optax.transforms.PartitionState)
 
 
 def carry_momentum(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
@@ -204,8 +218,14 @@ def reset_momentum(tx: optax.GradientTransformation, state: Any, params: Params)
     owners = set()  # paths of the states that keep something like the parameters
     for path, found in jax.tree_util.tree_leaves_with_path(like_params):
         if found:
-            inside = next(i for i in range(len(path) + 1) if path[i:] in paths)
-            owners.add(path[: inside - 1])
+            owners.add(path[: _begin(path, paths) - 1])
     return jax.tree_util.tree_map_with_path(
         lambda path, found, old, new: new if found or path[:-1] in owners else old, like_params, state, fresh
     )
+
+
+def _begin(path: tuple, paths: set[tuple]) -> int:
+    """Where a parameter's path begins in that of its part of a state; a memory's own names may follow."""
+    cuts = range(len(path) + 1)
+    ends = (i for i in cuts if path[i:] in paths)
+    return next(ends, None) or next(i for i in cuts if any(path[i : i + len(p)] == p for p in paths))

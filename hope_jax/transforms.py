@@ -86,6 +86,8 @@ def dgd(
     Reference: paper (56)-(57), (88), appendix C; spec sections 3 and 7.4.
     """
 
+    if callable(learning_rate):
+        raise TypeError("dgd's learning_rate is a number; for a schedule write optax.inject_hyperparams(dgd)(schedule)")
     if isinstance(learning_rate, Real) and not learning_rate >= 0:
         raise ValueError(f"dgd's learning_rate is a step size, at least 0; got {learning_rate}")
     known = momentum == "gate" if isinstance(momentum, str) else not isinstance(momentum, Real) or 0 <= momentum < 1
@@ -167,6 +169,8 @@ def dgd(
 
     def grams_of(updates: Any, gram: Any, inputs: Any) -> list:
         """key^T key for each dense gradient, from trees that may go on where the updates are masked."""
+        if inputs is not None and gram is not None:
+            raise TypeError("dgd takes inputs= or gram=, which is made of them, not both")
         if inputs is not None:
             gram = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2) @ x, inputs)
         paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_outer)
@@ -198,6 +202,11 @@ def dgd(
         for name, value in (("eta", eta), ("alpha", alpha)):
             if value.ndim not in (0, s.ndim):
                 raise ValueError(f"for weights {s.shape} {name} is a scalar or [..., 1, 1]; got {value.shape}")
+        if a.shape != (*s.shape[:-1], s.shape[-2]):
+            raise ValueError(
+                f"for weights {s.shape} key^T key has the shape {(*s.shape[:-1], s.shape[-2])}; got {a.shape}: flatten "
+                "batch and time of inputs= into one axis, [..., N, K]"
+            )
         pull = g
         if decay:
             pull = (alpha if decayed_erase else 1.0) * (a @ s) + g

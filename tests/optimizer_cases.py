@@ -103,7 +103,6 @@ CASES = {
     "delta_momentum": Case(delta_momentum, MOMENTUM, rate=1e-3),
     "delta_momentum, exact": Case(partial(delta_momentum, step="exact"), MOMENTUM, rate=1e-3),
     "feature_momentum": Case(feature_momentum, MOMENTUM, rate=1e-4),
-    # injecting takes every function for a schedule, unless static_args="sigma"
     "output_momentum": Case(
         lambda learning_rate, alpha: output_momentum(learning_rate, alpha), MOMENTUM, matrices=True
     ),

@@ -331,7 +331,7 @@ DENSE = jnp.ones((K, V))
          r"keys='input'\) takes Outer.*\['a'\] is an array of shape \(4, 3\)"),
         (lambda: _after(generalised_momentum(ggd(), "gradient"), {"a": ERROR}, {"a": DENSE}), TypeError,
          r"takes dense matrices.*\['a'\] is an Outer"),
-        (lambda: _after(generalised_momentum(ggd(), "gradient"), {"a": DENSE[0]}, {"a": DENSE[0]}), TypeError,
+        (lambda: _after(generalised_momentum(ggd(HUBER), "gradient"), {"a": DENSE[0]}, {"a": DENSE[0]}), TypeError,
          r"\['a'\] is an array of shape \(3,\)"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hope_jax import carry_momentum, cms_schedule, every, m3, reset_momentum, retention, steps_until_due
+from hope_jax import carry_momentum, cms_schedule, deep_momentum, every, m3, reset_momentum, retention, steps_until_due
 from tests.oracles import assert_close, compiled, primitives
 
 K = 4  # a power of two: dividing by it is exact
@@ -125,8 +125,9 @@ def test_runs_under_scan_and_vmap():
 
 
 def test_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="0"):
-        every(0, optax.sgd(1.0))
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"whole number of steps, 1 .* got {k}"):
+            every(k, optax.sgd(1.0))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'max'"):
         every(2, optax.sgd(1.0), reduce="max")
 
@@ -197,8 +198,24 @@ def test_when_a_bare_rule_is_due():
     assert int(steps_until_due(optax.adam(0.1).init(W))) == 1
 
 
+def test_when_a_clock_inside_a_chain_is_due():
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), every(3, optax.sgd(1.0)))
+    assert int(steps_until_due(clipped.init(W))) == 3
+    levels = optax.chain(optax.clip_by_global_norm(1.0), cms_schedule(PERIODS, optax.sgd(1.0), NAMES))
+    assert {label: int(n) for label, n in steps_until_due(levels.init(LEVELS)).items()} == PERIODS
+
+
+def test_a_long_sum_in_bfloat16_does_not_stop_growing():
+    """Ones added to 256 in bfloat16 are lost; the sum is in float32."""
+    w: Any = jnp.ones(1, jnp.bfloat16)
+    tx: Any = every(512, optax.sgd(1.0), reduce="mean")
+    _, updates = jax.lax.scan(lambda s, _: tx.update(w, s, w)[::-1], tx.init(w), length=512)
+    assert updates.dtype == w.dtype
+    assert_close(updates[-1], -w, 0)
+
+
 @pytest.mark.parametrize("make, message", [
-    (lambda: cms_schedule({"fast": 0}, optax.sgd(1.0), NAMES), "at least 1 step; got 0 for 'fast'"),
+    (lambda: cms_schedule({"fast": 0}, optax.sgd(1.0), NAMES), "'fast' takes a whole number of steps, 1 .* got 0"),
     (lambda: cms_schedule(PERIODS, optax.sgd(1.0), NAMES, reduce="max"), "'max'"),
     (lambda: cms_schedule(PERIODS, {"fast": optax.sgd(1.0)}, NAMES), "periods for 'fast', 'slow', 'slower' and rules"),
     (lambda: cms_schedule({"fast": 1, "slow": 2}, optax.sgd(1.0), NAMES).init(LEVELS),
@@ -228,6 +245,7 @@ TASKS = {  # name: (transformation, paths in its state that are carried; everyth
         m3(SCHEDULE, scales=(1, 2)),
         ["inner_states/matrix/inner_state/2/count", "inner_states/other/inner_state/2/count"],
     ),
+    "deep": (deep_momentum(0.1), []),
     "injected": (
         optax.inject_hyperparams(optax.adam)(SCHEDULE),
         ["count", "hyperparams_states/learning_rate/count"]

@@ -199,6 +199,8 @@ def test_dgd_refuses_bad_numbers(make, message):
     "tx, updates, extra, error, message",
     [
         (dgd(0.1), np.ones((K, V)), {}, TypeError, "gram=.*chain.*global level"),
+        (dgd(0.1), np.ones((K, V)), {"inputs": {"w": np.ones((2, 5, K))}}, ValueError, "flatten batch and time"),
+        (dgd(0.1), np.ones((K, V)), {n: {"w": np.eye(K)} for n in ("inputs", "gram")}, TypeError, "not both"),
         (dgd(0.1, momentum=0.9), np.ones((K, V)), {"gram": {"w": np.eye(K)}}, TypeError, "Outer"),
         (dgd(), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "eta="),
         (dgd(0.1, momentum="gate"), _outer(np.ones((1, V)), np.ones((1, K))), {}, ValueError, "mu="),
