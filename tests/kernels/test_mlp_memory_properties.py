@@ -104,6 +104,7 @@ def test_batch_and_heads_are_apart(implementation, arguments):
     assert_close(tuple(run(**turned(arguments))), turned(tuple(run(**arguments))))
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch(arguments):
     op = partial(mlp_memory, implementation=XLA, chunk_size=SPEC.chunk_size)
     alone = jax.vmap(lambda a: op(**jax.tree.map(lambda x: x[None], a)))
@@ -149,6 +150,7 @@ def test_memory_of_the_gradient_is_linear_in_time():
     assert slopes[1] == pytest.approx(state / 4 + 32 * 4 * 12, rel=0.3)
 
 
+@pytest.mark.slow
 def test_memory_of_the_default_group_is_the_smallest():
     assert temporaries(1024) < temporaries(1024, group=1) / 2
     assert temporaries(1024) < temporaries(1024, group=256) / 2

@@ -102,6 +102,7 @@ def test_segments_side_by_side(config):
     check_against_oracle(arguments_of("documents", SPEC), **how(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WHERE)
 def test_two_warpgroups_per_block(config, monkeypatch):
     monkeypatch.setattr(choose, "PROCESSORS", 1)
@@ -109,6 +110,7 @@ def test_two_warpgroups_per_block(config, monkeypatch):
     check_against_oracle(few_heads(make_arguments(spec), 1), **how(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WHERE)
 def test_high_precision_solves_the_system_in_three_passes(config):
     """Then the rounding of the inverse no longer shows in the state, where nearly parallel keys let it show most."""
@@ -116,6 +118,7 @@ def test_high_precision_solves_the_system_in_three_passes(config):
     assert errors["state"] < BOUNDS["bfloat16"] / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WHERE)
 def test_value_heads_share_keys(config):
     arguments = few_heads(make_arguments(SPEC._replace(batch=2, heads=4, tokens=20)), 2)
@@ -144,6 +147,7 @@ def test_no_races_and_no_uninitialised_memory():
     assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WHERE)
 def test_vmap_is_a_loop(config):
     arguments = make_arguments(SPEC._replace(tokens=16))
