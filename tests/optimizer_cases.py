@@ -95,13 +95,18 @@ CASES = {
         partial(preconditioned_momentum, precondition=optax.scale_by_rms(eps_in_sqrt=True)), MOMENTUM, rate=1e-3
     ),
     "learned_preconditioner": Case(
-        lambda learning_rate: optax.chain(learned_preconditioner(0.1), optax.scale_by_learning_rate(learning_rate)),
-        LR,
+        partial(preconditioned_momentum, precondition=learned_preconditioner(0.1)),
+        MOMENTUM,
         {"test_a_state_is_sharded_like_its_parameter": "its memory [..., V, V] has another shape than its parameter"},
-        rate=1e-3,
+        rate=8e-4,
     ),
     "delta_momentum": Case(delta_momentum, MOMENTUM, rate=1e-3),
-    "delta_momentum, exact": Case(partial(delta_momentum, step="exact"), MOMENTUM, rate=1e-3),
+    "delta_momentum, exact": Case(
+        partial(delta_momentum, step="exact"),
+        MOMENTUM,
+        {"test_a_state_is_sharded_like_its_parameter": "the solver of its step gathers the matrices"},
+        rate=1e-3,
+    ),
     "feature_momentum": Case(feature_momentum, MOMENTUM, rate=1e-4),
     "output_momentum": Case(
         lambda learning_rate, alpha: output_momentum(learning_rate, alpha), MOMENTUM, matrices=True
@@ -110,7 +115,7 @@ CASES = {
         lambda learning_rate, alpha: output_momentum(learning_rate, alpha, sigma=jnp.sign), MOMENTUM, rate=1e-2
     ),
     "deep_momentum": Case(
-        deep_momentum,
+        lambda learning_rate, alpha: deep_momentum(learning_rate, alpha),  # or static_args=("hidden", "seed")
         MOMENTUM,
         {"test_a_state_is_sharded_like_its_parameter": "its memory [V, F] has another shape than its parameter"},
         rate=1e-2,
