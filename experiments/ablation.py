@@ -16,7 +16,7 @@ mqar and parity by what they cost hope in their own experiments 13 and 9. The wh
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from experiments.options import TINY_RESULTS, Options, model_config
 from experiments.running import Job, main
 from experiments.training import Batch, Model, Scores, cross_entropy, language_model, optimizer
 from hope_jax.models import ModelConfig
-from hope_jax.optimizers import every
+from hope_jax.optimizers import cms_schedule
 from hope_jax.training.errors import UserError
 from hope_jax.training.optimizer import period_labels
 from hope_jax.training.overrides import unknown
@@ -158,15 +158,13 @@ def with_slow_levels(cell: Options, periods: tuple[int, ...]) -> optax.GradientT
     again changes nothing.
     """
 
-    def group(period: int) -> optax.GradientTransformation:
-        own = replace(cell, steps=max(1, cell.steps // period), warmup=cell.warmup // period)
-        return every(period, optimizer(own), reduce="mean")
+    def rule(period: int) -> optax.GradientTransformation:
+        return optimizer(replace(cell, steps=max(1, cell.steps // period), warmup=cell.warmup // period))
 
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        f"every_{period}": group(period) for period in {1, *periods}
-    }
-    labelled = optax.partition(groups, lambda params: period_labels(params, periods))
-    return optax.chain(optax.clip_by_global_norm(cell.clip), labelled)
+    clocks = {f"every_{period}": period for period in {1, *periods}}
+    rules = {label: rule(period) for label, period in clocks.items()}
+    levels = cms_schedule(clocks, rules, lambda params: period_labels(params, periods), reduce="mean")
+    return optax.chain(optax.clip_by_global_norm(cell.clip), levels)
 
 
 def prepare(cell: AblationOptions) -> Job:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.matrix_parameters import Labels, by_matrix, check_matrices, finite_adamw, safe_sqrt, with_rms
+from hope_jax.matrix_parameters import Labels, check_matrices, matrices_and_adamw
 from hope_jax.newton_schulz import check_newton_schulz, newton_schulz
+from hope_jax.numerics import safe_sqrt, with_rms
 from hope_jax.types import Params
 
 RMS = 0.2  # of a step at learning rate 1
@@ -111,18 +112,14 @@ def adamuon(
 
     Reference: Si, Zhang, Shen 2025, arXiv:2507.11005v3, Algorithm 1.
     """
-    return by_matrix(
-        optax.chain(
-            scale_by_adamuon(beta, eps, ns, b2),
-            optax.add_decayed_weights(weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        ),
-        finite_adamw(
-            learning_rate if adam_learning_rate is None else adam_learning_rate,
-            adam_b1,
-            adam_b2,
-            1e-8,
-            adam_weight_decay,
-        ),
-        labels,
+    return matrices_and_adamw(
+        scale_by_adamuon(beta, eps, ns, b2),
+        learning_rate,
+        weight_decay=weight_decay,
+        labels=labels,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=1e-8,
+        adam_weight_decay=adam_weight_decay,
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Literal
 
-from hope_jax.types import Outer, Params, is_outer
+from hope_jax.types import Outer, Params, is_outer, path_string
 
 _SAME = ("convert_element_type", "copy", "sharding_constraint")  # the weight stays the weight
 _JIT = ("jit", "pjit")
@@ -133,14 +133,19 @@ def factor_labels(loss: Callable, params: Params, *args: Any, **kwargs: Any) -> 
     """
     leaves, treedef = jax.tree.flatten(params)
     layers = _trace(loss, params, args, kwargs)[-1]
+    _require_layers(params, layers)
+    return treedef.unflatten(["factored" if i in layers else "dense" for i in range(len(leaves))])
+
+
+def _require_layers(params: Params, layers: Any) -> None:
+    """Refuse parameters of which none is a layer."""
     if not layers:
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         raise ValueError(
             f"none of the parameters ({', '.join(paths[:5])}{more}) is the matrix of exactly one product x @ w with "
             "x [..., C, K]; use jax.grad and a transformation of dense gradients"
         )
-    return treedef.unflatten(["factored" if i in layers else "dense" for i in range(len(leaves))])
 
 
 class LocalSurprise(NamedTuple):
@@ -179,8 +184,8 @@ def local_surprise(loss: Callable, params: Params, *args: Any, **kwargs: Any) ->
 
     Reference: the local surprise signal of paper (8), (29); spec 0 and 3.4.
     """
-    factor_labels(loss, params, *args, **kwargs)  # refuses a loss without layers
     _, errors = value_and_factors(loss)(params, *args, **kwargs)
+    _require_layers(params, [e for e in jax.tree.leaves(errors, is_leaf=is_outer) if is_outer(e)])
 
     def surprise(error: Any) -> LocalSurprise | None:
         return LocalSurprise(error.delta, optax.safe_norm(error.delta, 0.0, axis=-1)) if is_outer(error) else None

@@ -74,6 +74,14 @@ def plain_gate(gates: Gates, name: str, constant: Any = None) -> Any:
     return constant if value is None else value
 
 
+def eta_of(name: str, gates: Gates, learning_rate: Any) -> Any:
+    """The step size of the rule `name`: the gate `eta`, else the learning rate; a ValueError if there is neither."""
+    eta = learning_rate if gates.get("eta") is None else gates["eta"]
+    if eta is None:
+        raise ValueError(f"{name} needs a step size: give {name}(learning_rate=...) or the extra argument eta=")
+    return eta
+
+
 def run(
     rec: Recurrence,
     state: jax.Array,

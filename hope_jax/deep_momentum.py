@@ -4,6 +4,7 @@ The paper leaves its memory, input and loss open (50); these are ours (spec 4.4)
 ill-conditioned quadratic its inner loss falls and it converges, but it did not beat normalised momentum.
 """
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from hope_jax.chunk_form import plain_gate
-from hope_jax.momentum import Rate, check_rates, rms, step_size, wide
+from hope_jax.momentum import Rate, check_rates, step_size
 from hope_jax.newton_schulz import newton_schulz
+from hope_jax.numerics import rms, wide
 from hope_jax.types import Params
 
 
@@ -81,7 +83,7 @@ def deep_momentum(
     check_rates("deep_momentum", learning_rate, alpha)
     ranges = {"hidden": (hidden, 1, jnp.inf), "zeta": (zeta, 0, jnp.inf), "rho": (rho, 0, 1), "lam": (lam, 0, jnp.inf)}
     for name, (value, low, high) in ranges.items():
-        if isinstance(value, int | float) and not low <= value <= high:
+        if isinstance(value, Real) and not low <= value <= high:
             raise ValueError(f"deep_momentum's {name} lies in [{low}, {high}]; got {value}")
 
     def start(p: jax.Array, key: jax.Array) -> DeepMemory | None:

@@ -6,18 +6,18 @@ a momentum in the place of the weights.
 """
 
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.chunk_form import FactoredTransformation, Gates, factored, plain_gate
-from hope_jax.momentum import wide
+from hope_jax.chunk_form import FactoredTransformation, eta_of, factored, plain_gate
+from hope_jax.numerics import wide
 from hope_jax.objectives import dot_product, l2_regression
 from hope_jax.transforms import dgd
-from hope_jax.types import Objective, Outer, Params, is_outer
+from hope_jax.types import Objective, Outer, Params, is_outer, leaf_name
 
 type Distance = Callable[[jax.Array, jax.Array], jax.Array]  # (weights, held weights) [..., K, V] -> [...] or a number
 type Value = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (weights, key, delta) -> value [..., V]
@@ -142,7 +142,7 @@ def ggd(
         raise TypeError("ggd's learning_rate is a number; for a schedule give eta= or use optax.inject_hyperparams")
     if steps < 1:
         raise ValueError(f"ggd takes at least 1 step; got steps={steps}")
-    if isinstance(learning_rate, float | int) and not learning_rate >= 0:
+    if isinstance(learning_rate, Real) and not learning_rate >= 0:
         raise ValueError(f"ggd's learning_rate is a step size, at least 0; got {learning_rate}")
     rule = _Rule(objective, window, distance, value, steps)
     if rule.closed() and window == 1 and value is None:
@@ -162,7 +162,7 @@ def ggd(
         errors, treedef = jax.tree.flatten(updates, is_leaf=is_outer)
         if not all(map(is_outer, errors)):
             raise TypeError("ggd writes token by token: its updates must be Outer(delta, key) factors, not dense")
-        eta, alpha = _eta(gates, learning_rate), plain_gate(gates, "alpha", 1.0)
+        eta, alpha = eta_of("ggd", gates, learning_rate), plain_gate(gates, "alpha", 1.0)
         old = treedef.flatten_up_to(params)
         windows: Any = [()] * len(old)
         if window > 1:
@@ -174,13 +174,6 @@ def ggd(
         return new, GGDState(*(treedef.unflatten([held[i] for _, held in done]) for i in range(2)))
 
     return factored(init, update)
-
-
-def _eta(gates: Gates, learning_rate: float | None) -> Any:
-    eta = learning_rate if gates.get("eta") is None else gates["eta"]
-    if eta is None:
-        raise ValueError("ggd needs a step size: give ggd(learning_rate=...) or the extra argument eta=")
-    return eta
 
 
 class GeneralisedMomentumState(NamedTuple):
@@ -223,8 +216,7 @@ def generalised_momentum(
         if is_outer(g) == (keys == "gradient") or (not is_outer(g) and g.ndim < 2):
             got = "an Outer" if is_outer(g) else f"an array of shape {g.shape}"
             want = "Outer(delta, key) factors" if keys == "input" else "dense matrices [..., K, V]"
-            where = jax.tree_util.keystr(path) or "the only leaf"
-            raise TypeError(f"generalised_momentum(keys={keys!r}) takes {want}; {where} is {got}")
+            raise TypeError(f"generalised_momentum(keys={keys!r}) takes {want}; {leaf_name(path)} is {got}")
         if is_outer(g):
             return g
         v = g.shape[-1]

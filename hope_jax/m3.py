@@ -20,18 +20,17 @@ from hope_jax.matrix_parameters import (
     Labels,
     by_matrix,
     check_matrices,
-    finite_adamw,
-    safe_sqrt,
-    with_rms,
+    matrices_and_adamw,
 )
 from hope_jax.newton_schulz import check_newton_schulz, newton_schulz
+from hope_jax.numerics import safe_sqrt, with_rms, zeros_wide
 from hope_jax.types import Params
 
 RHO = 0.2  # rms of a step at learning rate 1, as AdamW's usually is
 
 
 class SlowScale(NamedTuple):
-    """A momentum of one slow clock; trees like the parameters, in their dtypes."""
+    """A momentum of one slow clock; trees like the parameters, in their dtypes, the sum in float32 or wider."""
 
     momentum: Params  # M_i
     pending: Params  # a_i: sum of the gradients since its last write
@@ -41,7 +40,7 @@ class SlowScale(NamedTuple):
 class ScaleByM3State(NamedTuple):
     count: jax.Array  # int32[]: steps so far; a slow scale is written when it becomes a multiple of its period
     momentum: Params  # M_1, like the parameters
-    square: Params | None  # V, like the parameters; None in mode "ema" without divide
+    square: Params | None  # V, like the parameters in float32 or wider; None in mode "ema" without divide
     slow: tuple[SlowScale, ...]
 
 
@@ -78,6 +77,10 @@ def scale_by_m3(
     if eps is None:
         eps = 0.1 if literal else 1e-8
     betas, weights = (_per_scale(n, v, len(periods)) for n, v in (("b3", b3), ("slow_weight", slow_weight)))
+    decays: list[tuple[str, float]] = [("b1", b1), ("b2", b2), *(("b3", b) for b in betas)]
+    for name, beta in decays:
+        if not literal and isinstance(beta, Real) and not 0 <= beta < 1:
+            raise ValueError(f'm3\'s {name} is a decay in [0, 1) in mode="ema"; got {beta}')
     if ns is not None:
         kind, steps = ns
         check_newton_schulz(steps, kind)
@@ -91,8 +94,7 @@ def scale_by_m3(
         if ns is not None:
             check_matrices(params, "m3")
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        wide = lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
-        sums = lambda: jax.tree.map(wide, params)  # noqa: E731  in bfloat16 they would stop growing
+        sums = lambda: jax.tree.map(zeros_wide, params)  # noqa: E731
         slow = tuple(SlowScale(zeros(), sums(), zeros()) for _ in periods)
         return ScaleByM3State(jnp.zeros((), jnp.int32), zeros(), sums() if literal or divide else None, slow)
 
@@ -161,7 +163,7 @@ def m3(
         if f divides t:  M_2 <- write(M_2, a);  O_2 = NS(M_2);  a = 0
 
     so gradients 1 to f first act through the slow memory at step f + 1, and its Newton-Schulz runs once in f steps
-    (`lax.cond`). The two modes differ in
+    (`lax.cond`; under `vmap` a select that computes it at every step). The two modes differ in
 
         mode          "ema"                                         "literal"
         write M_1     b1 M_1 + (1 - b1) g                           M_1 + b1 g
@@ -184,7 +186,7 @@ def m3(
             rms, (1, 10, 100) has two slow memories.
         b1: of M_1; b2: of V; b3: of the slow memories, one number or one for each.
         slow_weight: what a slow memory weighs in D, one number or one for each.
-        eps: None: 1e-8 in "ema", 0.1 in "literal".
+        eps: None: 1e-8 in "ema", where it is AdamW's too, 0.1 in "literal".
         divide: in "ema", divide D by sqrt(V) + eps before its rms is set.
         ns: kind and number of steps of `newton_schulz`.
         weight_decay: in "ema", of the matrices.
@@ -198,8 +200,9 @@ def m3(
         labels that are a function then need `static_args="labels"`.
 
     Raises:
-        ValueError: an unknown mode, scales that do not grow from 1, numbers for another count of scales, labels that
-            match nothing, a leaf of less than two axes labelled "matrix", weight decay in mode "literal".
+        ValueError: an unknown mode, scales that do not grow from 1, numbers for another count of scales, in "ema" a
+            decay b1, b2, b3 outside [0, 1), labels that match nothing, a leaf of less than two axes labelled "matrix",
+            weight decay in mode "literal".
 
     Example:
         >>> w = {"wq": jnp.ones((4, 4)), "bias": jnp.ones(4)}
@@ -218,16 +221,16 @@ def m3(
                 raise ValueError(f'mode="literal" has no weight decay; got {name}={value}: use mode="ema"')
         parts = by_matrix(matrix, scale_by_m3(**options, ns=None), labels, default=_two_or_more_axes)
         return optax.chain(parts, optax.scale_by_learning_rate(learning_rate))
-    return by_matrix(
-        optax.chain(matrix, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)),
-        finite_adamw(
-            learning_rate if adam_learning_rate is None else adam_learning_rate,
-            adam_b1,
-            adam_b2,
-            1e-8 if eps is None else eps,
-            adam_weight_decay,
-        ),
-        labels,
+    return matrices_and_adamw(
+        matrix,
+        learning_rate,
+        weight_decay=weight_decay,
+        labels=labels,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=1e-8 if eps is None else eps,
+        adam_weight_decay=adam_weight_decay,
     )
 
 

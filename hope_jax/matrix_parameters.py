@@ -1,4 +1,4 @@
-"""Which parameters are hidden matrices, for optimizers that treat a matrix as one thing: labels, parts, rms."""
+"""Which parameters are hidden matrices, and optimizers in two parts: a rule for them and AdamW for the rest."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.types import Params, path_string
+from hope_jax.types import Params, leaf_name, path_string
 
 type Labels = Any  # a tree of "matrix" and "other" like the parameters or a prefix of them, or a function that makes it
 
@@ -91,27 +91,39 @@ def check_matrices(params: Params, who: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.ndim(leaf) < 2:
             raise ValueError(
-                f"{who} takes matrices [..., K, V]; {path_string(path) or 'the parameter'} has shape "
-                f'{jnp.shape(leaf)}: label it "other"'
+                f'{who} takes matrices [..., K, V]; {leaf_name(path)} has shape {jnp.shape(leaf)}: label it "other"'
             )
 
 
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root of what is not negative, with derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0).astype(x.dtype)
-
-
-def with_rms(x: jax.Array, rms: Any, eps: Any) -> jax.Array:
-    """Each matrix of x [..., K, V] scaled to a root mean square of `rms`; eps is added to its own; zero stays zero."""
-    if not x.size:
-        return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    own = safe_sqrt(jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)) + eps
-    return (rms * wide / jnp.where(own > 0, own, 1)).astype(x.dtype)
-
-
-def finite_adamw(
-    learning_rate: optax.ScalarOrSchedule, b1: Any, b2: Any, eps: Any, weight_decay: Any
+def matrices_and_adamw(
+    matrix: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: Any,
+    labels: Labels | None,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    adam_b1: Any,
+    adam_b2: Any,
+    adam_eps: Any,
+    adam_weight_decay: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw` with finite derivatives where a gradient is exactly zero."""
-    return optax.adamw(learning_rate, b1, b2, eps, eps_root=1e-16, weight_decay=weight_decay)
+    """A direction for the matrices, with decoupled weight decay, and AdamW for the rest.
+
+    Args:
+        matrix: directions of the matrices, not yet negated.
+        learning_rate: of the matrices, and of AdamW unless `adam_learning_rate` is given.
+        weight_decay: of the matrices.
+        labels: as in `by_matrix`.
+        adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW, which has finite derivatives where
+            a gradient is exactly zero.
+    """
+    adamw = optax.adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        adam_b1,
+        adam_b2,
+        adam_eps,
+        eps_root=1e-16,
+        weight_decay=adam_weight_decay,
+    )
+    decayed = optax.add_decayed_weights(weight_decay)
+    return by_matrix(optax.chain(matrix, decayed, optax.scale_by_learning_rate(learning_rate)), adamw, labels)

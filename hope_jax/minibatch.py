@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.types import Outer, Params, is_outer
+from hope_jax.types import Outer, Params, is_outer, over_tokens
 
 
 def minibatch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -40,21 +40,17 @@ def minibatch(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     """
     tx = optax.with_extra_args_support(tx)
 
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-        return jnp.matmul(jnp.swapaxes(a, -1, -2), b, preferred_element_type=wide)
-
     def gradient(error: Any, like: Any) -> Any:
         if not is_outer(error):
             return error
-        return product(error.key, error.delta).astype(jnp.result_type(error.delta if like is None else like))
+        return over_tokens(error.key, error.delta).astype(jnp.result_type(error.delta if like is None else like))
 
     def update(updates: Any, state: Any, params: Params = None, **extra: Any):
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_outer)
         if not any(map(is_outer, leaves)):
             return tx.update(updates, state, params, **extra)
         weights = [None] * len(leaves) if params is None else treedef.flatten_up_to(params)
-        extra["gram"] = treedef.unflatten([product(e.key, e.key) if is_outer(e) else None for e in leaves])
+        extra["gram"] = treedef.unflatten([over_tokens(e.key, e.key) if is_outer(e) else None for e in leaves])
         return tx.update(treedef.unflatten(map(gradient, leaves, weights)), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -12,55 +12,38 @@ axes are independent; a vector [K] counts as [K, 1]. What is linear in the gradi
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.chunk_form import plain_gate
+from hope_jax.chunk_form import Gates, eta_of, plain_gate
 from hope_jax.newton_schulz import newton_schulz
+from hope_jax.numerics import frobenius, rms, wide
 from hope_jax.transforms import heavy_ball
-from hope_jax.types import Params
+from hope_jax.types import Params, leaf_name
 
 type Rate = float | jax.Array | optax.Schedule
 
 
-def step_size(learning_rate: Rate | None, count: Any, gates: dict[str, Any], name: str) -> Any:
-    """The gate `eta`, else the learning rate at this count; a ValueError names the optimizer that has neither."""
-    eta = gates.get("eta")
-    if eta is None:
-        eta = learning_rate(count) if callable(learning_rate) else learning_rate
-    if eta is None:
-        raise ValueError(f"{name} needs a step size: give {name}(learning_rate) or the extra argument eta=")
-    return eta
+def step_size(learning_rate: Rate | None, count: Any, gates: Gates, name: str) -> Any:
+    """`eta_of` with a learning rate that may be a schedule."""
+    return eta_of(name, gates, learning_rate(count) if callable(learning_rate) else learning_rate)
 
 
-def check_rates(name: str, learning_rate: Any, alpha: Any, closed: bool = False) -> None:
+def check_rates(name: str, learning_rate: Rate | None, alpha: float, closed: bool = False) -> None:
     """Refuse a negative learning rate and a decay outside [0, 1), or [0, 1]; numbers that are traced pass."""
-    if isinstance(learning_rate, int | float) and not learning_rate >= 0:
+    if isinstance(learning_rate, Real) and not float(learning_rate) >= 0:
         raise ValueError(f"{name}'s learning_rate is a step size, at least 0; got {learning_rate}")
-    if isinstance(alpha, int | float) and not (0 <= alpha < 1 or (closed and alpha == 1)):
+    if isinstance(alpha, Real) and not (0 <= alpha < 1 or (closed and alpha == 1)):
         raise ValueError(f"{name}'s alpha is the RETAINED fraction of m, in [0, 1{']' if closed else ')'}; got {alpha}")
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """x in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def as_matrix(x: jax.Array) -> jax.Array:
     """[..., K, V] as it is, a vector [K] as [K, 1], a scalar as [1, 1]."""
     return x if x.ndim > 1 else x.reshape(-1, 1)
-
-
-def rms(x: jax.Array) -> jax.Array:
-    """Root mean square over the last two axes [..., 1, 1] (all axes of a vector); 1 where it would be zero.
-
-    The square root has no derivative at zero, where any number will do for what it divides.
-    """
-    square = jnp.mean(jnp.square(x), axis=tuple(range(-min(x.ndim, 2), 0)), keepdims=True)
-    return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 class DescentState(NamedTuple):
@@ -128,8 +111,7 @@ class LearnedPreconditionerState(NamedTuple):
 
 def unit(g: jax.Array) -> jax.Array:
     """The gradient divided by its Frobenius norm over the last two axes."""
-    square = jnp.sum(jnp.square(g), axis=(-2, -1), keepdims=True)
-    return g / jnp.sqrt(jnp.where(square > 0, square, 1))
+    return g / frobenius(g)
 
 
 def learned_preconditioner(
@@ -157,7 +139,7 @@ def learned_preconditioner(
 
     Reference: paper (39)-(41), with index t for the printed t+1; spec 4.1.
     """
-    if isinstance(zeta, int | float) and not zeta >= 0:
+    if isinstance(zeta, Real) and not zeta >= 0:
         raise ValueError(f"learned_preconditioner's zeta is a step size, at least 0; got {zeta}")
     normalise = unit if key is None else key
 
@@ -288,7 +270,7 @@ def cubic_feature(c: float = 0.1, eps: float = 1e-15) -> Callable[[jax.Array], j
         >>> cubic_feature(0.5)(jnp.array([1.0, -1.0])).tolist()
         [1.5, -1.5]
     """
-    if isinstance(c, int | float) and not c >= 0:
+    if isinstance(c, Real) and not c >= 0:
         raise ValueError(f"cubic_feature's c is at least 0, so that phi increases; got {c}")
 
     def phi(g: jax.Array) -> jax.Array:
@@ -369,10 +351,9 @@ def _each_leaf(name: str, function: Callable[[jax.Array], jax.Array]) -> optax.G
         try:
             return function(x).astype(x.dtype)
         except ValueError as error:
-            where = jax.tree_util.keystr(path) or "the only leaf"
             raise ValueError(
-                f"{name} does not take {where}, of shape {x.shape}: {error}. Give such leaves to another optimizer by "
-                "optax.partition"
+                f"{name} does not take {leaf_name(path)}, of shape {x.shape}: {error}. Give such leaves to "
+                "another optimizer by optax.partition"
             ) from error
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(leaf, updates))

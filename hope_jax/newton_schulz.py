@@ -3,7 +3,8 @@
 from numbers import Integral
 
 import jax
-import jax.numpy as jnp
+
+from hope_jax.numerics import frobenius
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Muon: steep at zero, so that five steps are enough
 _ZETA = 0.25  # of (44): then it is the cubic and a pull towards the start
@@ -46,10 +47,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, kind: str = "quintic") -> jax.Ar
     check_newton_schulz(steps, kind)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz needs matrices [..., K, V]; got shape {x.shape}")
-    square = jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=(-2, -1), keepdims=True)
-    # The square root has no derivative at zero, where any norm will do.
-    norm = jnp.sqrt(jnp.where(square > 0, square, 1)) + 1e-7
-    y = (x / norm).astype(x.dtype)
+    y = (x / (frobenius(x) + 1e-7)).astype(x.dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = start = y.mT if tall else y
     a, b, c = _QUINTIC

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax.types import Params, path_string
+from hope_jax.numerics import zeros_wide
+from hope_jax.types import Params, leaf_name
 
 
 class EveryState(NamedTuple):
@@ -52,8 +53,7 @@ def every(k: int, tx: optax.GradientTransformation, reduce: str = "sum") -> opta
         return tx
 
     def init(params: Params) -> EveryState:
-        zero = lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
-        return EveryState(jax.tree.map(zero, params), jnp.full((), k, jnp.int32), tx.init(params))
+        return EveryState(jax.tree.map(zeros_wide, params), jnp.full((), k, jnp.int32), tx.init(params))
 
     def update(updates: Any, state: Any, params: Params = None, **extra: Any):
         pending = jax.tree.map(lambda a, g: (a + g).astype(a.dtype), state.pending, updates)
@@ -116,8 +116,7 @@ def cms_schedule(
         for path, label in found:
             if label not in periods:
                 raise ValueError(
-                    f"{path_string(path) or 'the parameter'} has the label {label!r}, which has no period; there are "
-                    f"{_listed(periods)}"
+                    f"{leaf_name(path)} has the label {label!r}, which has no period; there are {_listed(periods)}"
                 )
         unused = set(periods) - {label for _, label in found}
         if unused and jax.tree.leaves(params):

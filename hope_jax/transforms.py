@@ -18,12 +18,13 @@ from hope_jax.chunk_form import (
     FactoredTransformation,
     Gates,
     Recurrence,
+    eta_of,
     factored,
     gate,
     plain_gate,
     run_tree,
 )
-from hope_jax.types import Outer, Params, is_outer
+from hope_jax.types import Outer, Params, is_outer, leaf_name, over_tokens, path_string
 
 
 class DGDState(NamedTuple):
@@ -94,14 +95,6 @@ def dgd(
     if not known:
         raise ValueError(f'dgd\'s momentum is a number in [0, 1), "gate" or None; got {momentum!r}')
 
-    def eta_of(gates: Gates) -> Any:
-        value = gates.get("eta")
-        if value is None:
-            value = learning_rate
-        if value is None:
-            raise ValueError("dgd needs a step size: give dgd(learning_rate) or the extra argument eta=")
-        return value
-
     def proximal(eta: jax.Array, key: jax.Array) -> jax.Array:
         return eta / (1 + eta * jnp.sum(key * key, axis=-1)) if exact else eta
 
@@ -129,7 +122,7 @@ def dgd(
             raise TypeError("dgd writes token by token: its errors must be Outer(delta, key) factors, not dense")
 
         def own_key(error: Outer) -> Recurrence:
-            eta = proximal(jnp.broadcast_to(eta_of(gates), error.key.shape[:-1]), error.key)
+            eta = proximal(jnp.broadcast_to(eta_of("dgd", gates, learning_rate), error.key.shape[:-1]), error.key)
             return recurrence(error, eta, decay, gates)
 
         if input_leaf is None:
@@ -137,7 +130,7 @@ def dgd(
         if input_leaf not in errors:
             raise ValueError(f"input_leaf={input_leaf!r} is not a weight of this memory; it has {sorted(errors)}")
         key = errors[input_leaf].key
-        eta = proximal(jnp.broadcast_to(eta_of(gates), key.shape[:-1]), key)
+        eta = proximal(jnp.broadcast_to(eta_of("dgd", gates, learning_rate), key.shape[:-1]), key)
         return {
             name: recurrence(e, jnp.broadcast_to(eta, e.key.shape[:-1]), decay and name == input_leaf, gates)
             for name, e in errors.items()
@@ -147,7 +140,7 @@ def dgd(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if jnp.ndim(leaf) < 2:
                 raise ValueError(
-                    f"dgd writes matrices [..., K, V]; {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}. Give "
+                    f"dgd writes matrices [..., K, V]; {leaf_name(path)} has shape {jnp.shape(leaf)}. Give "
                     "it to another transformation with optax.partition; factor_labels makes the labels"
                 )
         return DGDState(None if momentum is None else jax.tree.map(jnp.zeros_like, params))
@@ -158,7 +151,7 @@ def dgd(
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_outer)
         if all(map(is_outer, leaves)):
             return from_factors(updates, state, params, gates)
-        grams = grams_of(updates, gram, inputs)
+        grams = _grams(updates, gram, inputs)
         if momentum is not None or input_leaf is not None:
             raise TypeError(
                 "dgd with momentum or input_leaf needs Outer(delta, key) factors, not dense gradients; for momentum "
@@ -166,29 +159,6 @@ def dgd(
             )
         steps = map(from_gram, leaves, grams, treedef.flatten_up_to(params), [gates] * len(leaves))
         return treedef.unflatten(steps), state
-
-    def grams_of(updates: Any, gram: Any, inputs: Any) -> list:
-        """key^T key for each dense gradient, from trees that may go on where the updates are masked."""
-        if inputs is not None and gram is not None:
-            raise TypeError("dgd takes inputs= or gram=, which is made of them, not both")
-        if inputs is not None:
-            gram = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2) @ x, inputs)
-        paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_outer)
-        grams: list[Any] = [None] * len(paths)
-        if gram is not None:
-            masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-            own = lambda u, a: u if masked(u) else a  # noqa: E731
-            stops = lambda node: is_outer(node) or masked(node)  # noqa: E731
-            grams = treedef.flatten_up_to(jax.tree.map(own, updates, gram, is_leaf=stops))
-        for (path, leaf), a in zip(paths, grams, strict=True):
-            if a is None or is_outer(leaf):
-                where = f" for {jax.tree_util.keystr(path)}" if path else ""
-                raise TypeError(
-                    f"dgd got a dense gradient{where}: pass Outer(delta, key) factors for every leaf, as "
-                    "value_and_factors gives them, or inputs= with the layers' inputs, or gram= with key^T key. Inside "
-                    "a chain it gets gram= in a local level (objective=...); a global level takes dgd alone"
-                )
-        return grams
 
     def from_factors(errors: Any, state: Any, params: Params, gates: Gates):
         new, z, _ = run_tree(recurrences(errors, gates), params, state.momentum)
@@ -198,7 +168,7 @@ def dgd(
         return updates, DGDState(z)
 
     def from_gram(g: jax.Array, a: jax.Array, s: jax.Array, gates: Gates) -> jax.Array:
-        eta, alpha = jnp.asarray(eta_of(gates)), jnp.asarray(plain_gate(gates, "alpha", 1.0))
+        eta, alpha = jnp.asarray(eta_of("dgd", gates, learning_rate)), jnp.asarray(plain_gate(gates, "alpha", 1.0))
         for name, value in (("eta", eta), ("alpha", alpha)):
             if value.ndim not in (0, s.ndim):
                 raise ValueError(f"for weights {s.shape} {name} is a scalar or [..., 1, 1]; got {value.shape}")
@@ -222,6 +192,30 @@ def dgd(
 
     form = ChunkForm(recurrences, lambda state: state.momentum, lambda state, z: DGDState(z))
     return factored(init, update, form)
+
+
+def _grams(updates: Any, gram: Any, inputs: Any) -> list:
+    """key^T key for each dense gradient, from trees that may go on where the updates are masked."""
+    if inputs is not None and gram is not None:
+        raise TypeError("dgd takes inputs= or gram=, which is made of them, not both")
+    if inputs is not None:
+        gram = jax.tree.map(lambda x: over_tokens(x, x), inputs)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_outer)
+    grams: list[Any] = [None] * len(paths)
+    if gram is not None:
+        masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+        own = lambda u, a: u if masked(u) else a  # noqa: E731
+        stops = lambda node: is_outer(node) or masked(node)  # noqa: E731
+        grams = treedef.flatten_up_to(jax.tree.map(own, updates, gram, is_leaf=stops))
+    for (path, leaf), a in zip(paths, grams, strict=True):
+        if a is None or is_outer(leaf):
+            where = f" for {path_string(path)}" if path else ""
+            raise TypeError(
+                f"dgd got a dense gradient{where}: pass Outer(delta, key) factors for every leaf, as "
+                "value_and_factors gives them, or inputs= with the layers' inputs, or gram= with key^T key. Inside "
+                "a chain it gets gram= in a local level (objective=...); a global level takes dgd alone"
+            )
+    return grams
 
 
 class RetentionState(NamedTuple):

@@ -39,7 +39,10 @@ def contract(error: Any) -> Any:
         >>> contract(Outer(delta=jnp.ones((3, 1)), key=jnp.ones((3, 2)))).tolist()
         [[3.0], [3.0]]
     """
-    dense = lambda e: jnp.swapaxes(e.key, -1, -2) @ e.delta if is_outer(e) else e  # noqa: E731
+
+    def dense(e: Any) -> Any:
+        return over_tokens(*e[::-1]).astype(jnp.result_type(*e)) if is_outer(e) else e
+
     return jax.tree.map(dense, error, is_leaf=is_outer)
 
 
@@ -50,7 +53,13 @@ def gram(error: Outer) -> jax.Array:
         >>> gram(Outer(delta=jnp.ones((3, 1)), key=jnp.ones((3, 2)))).tolist()
         [[3.0, 3.0], [3.0, 3.0]]
     """
-    return jnp.swapaxes(error.key, -1, -2) @ error.key
+    return over_tokens(error.key, error.key).astype(error.key.dtype)
+
+
+def over_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a^T b of [..., C, K] and [..., C, V]: [..., K, V], accumulated and returned in float32 or wider."""
+    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.matmul(jnp.swapaxes(a, -1, -2), b, preferred_element_type=wide)
 
 
 def is_outer(node: Any) -> bool:
@@ -61,6 +70,11 @@ def is_outer(node: Any) -> bool:
 def path_string(path: Sequence[Any]) -> str:
     """("layers", 0, "kernel") as "layers/0/kernel"."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    """A leaf in a message: its path, or what to call it where the tree is one leaf."""
+    return path_string(path) or "the only leaf"
 
 
 class Memory(NamedTuple):

@@ -50,7 +50,9 @@ def _orthonormal_inputs(params: Any) -> dict[str, Any]:
 
 
 def _fast_and_slow(params: Any) -> Any:
-    return jax.tree.map(lambda x: "fast" if x.ndim > 1 else "slow", params)
+    """The first leaf is fast, the others are slow."""
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten(["fast", *["slow"] * (len(leaves) - 1)][: len(leaves)])
 
 
 def _levels(learning_rate: Any) -> Any:
@@ -108,11 +110,12 @@ CASES = {
         rate=1e-3,
     ),
     "feature_momentum": Case(feature_momentum, MOMENTUM, rate=1e-4),
-    "output_momentum": Case(
-        lambda learning_rate, alpha: output_momentum(learning_rate, alpha), MOMENTUM, matrices=True
-    ),
+    "output_momentum": Case(output_momentum, MOMENTUM, matrices=True),
     "output_momentum, sign": Case(
-        lambda learning_rate, alpha: output_momentum(learning_rate, alpha, sigma=jnp.sign), MOMENTUM, rate=1e-2
+        lambda learning_rate, alpha: output_momentum(learning_rate, alpha, sigma=jnp.sign),
+        MOMENTUM,
+        {"test_zero_gradients": "a sign has no slope"},
+        rate=1e-2,
     ),
     "deep_momentum": Case(
         lambda learning_rate, alpha: deep_momentum(learning_rate, alpha),  # or static_args=("hidden", "seed")

@@ -3,9 +3,12 @@
 Rows everywhere: a matrix memory is `y = x @ S` with S [K, V] (spec 0, "Two layouts").
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 TIGHT = 1e-12  # absolute, float64, order-one data
 GELU_C = np.sqrt(2 / np.pi)
@@ -226,3 +229,30 @@ def self_modifying_loop(config, params, r, mask=None):
                 if (t + 1) % (config.chunk_mem if b == "mem" else config.chunk_proj) == 0:
                     start[b] = dict(run[b])
     return ys
+
+
+def polar5(x: np.ndarray) -> np.ndarray:
+    """Five quintic Newton-Schulz steps of one matrix, on the side with fewer rows (spec 4.6)."""
+    if x.shape[0] > x.shape[1]:
+        return polar5(x.T).T
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x
+
+
+def descend(tx: Any, target: Any, steps: int) -> Any:
+    """Parameters after descent from zero to `target`; every update has the dtypes of the gradients."""
+    dtypes = jax.tree.map(lambda x: x.dtype, target)
+
+    def step(carry, _):
+        params, state = carry
+        g = jax.tree.map(lambda p, t: p - t, params, target)
+        u, state = tx.update(g, state, params, value=1.0, unknown=None)
+        assert jax.tree.map(lambda x: x.dtype, u) == dtypes
+        return (optax.apply_updates(params, u), state), None
+
+    start = jax.tree.map(jnp.zeros_like, target)
+    (end, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))((start, tx.init(start)))
+    return end

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hope_jax import Tokens, deep_momentum, l2_regression, level, linear_memory, nest
-from tests.oracles import assert_close, compiled
+from tests.oracles import assert_close, compiled, descend, polar5
 
 K, V, N = 5, 3, 6
 LR, ALPHA, EPS = 0.1, 0.8, 1e-8
@@ -19,22 +19,11 @@ def _rms(x):
     return np.sqrt(np.mean(x**2))
 
 
-def _polar5(x):
-    """Five quintic steps, on the side with fewer rows."""
-    if x.shape[0] > x.shape[1]:
-        return _polar5(x.T).T
-    x = x / (np.linalg.norm(x) + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x
-
-
 def _inner(inner, o, z, n, lam):
     """The inner loss and its gradient with respect to o."""
     k, v = o.shape
     if inner == "l2":
-        off = o - np.sqrt(max(k, v)) * _polar5(n)
+        off = o - np.sqrt(max(k, v)) * polar5(n)
         return np.mean(off**2) / 2, off / (k * v)
     r = min(k, v)
     gram = o.T @ o / k if k >= v else o @ o.T / v
@@ -191,17 +180,7 @@ def test_trains_under_jit_and_scan():
     rng = np.random.default_rng(0)
     target: Any = {"m": jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32), "v": jnp.asarray(rng.normal(size=5))}
     target |= {"half": target["m"].astype(jnp.bfloat16), "none": None, "masked": optax.MaskedNode()}
-    dtypes = jax.tree.map(lambda x: x.dtype, target)
-
-    def step(carry, _):
-        params, state = carry
-        g = jax.tree.map(lambda p, t: p - t, params, target)
-        u, state = tx.update(g, state, params, value=1.0, unknown=None)
-        assert jax.tree.map(lambda x: x.dtype, u) == dtypes
-        return (optax.apply_updates(params, u), state), None
-
-    start = jax.tree.map(jnp.zeros_like, target)
-    (end, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=300))((start, tx.init(start)))
+    end = descend(tx, target, 300)
     for got, want in zip(jax.tree.leaves(end), jax.tree.leaves(target), strict=True):
         np.testing.assert_allclose(np.float32(got), np.float32(want), atol=0.1 if got.dtype == jnp.bfloat16 else 2e-2)
 
@@ -233,5 +212,5 @@ def test_bad_constants_are_refused(options, message):
 
 
 def test_says_that_it_needs_a_step_size():
-    with pytest.raises(ValueError, match=r"deep_momentum\(learning_rate\) or .* eta="):
+    with pytest.raises(ValueError, match=r"deep_momentum\(learning_rate=...\) or .* eta="):
         _run(deep_momentum(), [jnp.ones((2, 2))])

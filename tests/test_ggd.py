@@ -328,11 +328,11 @@ DENSE = jnp.ones((K, V))
         (lambda: ggd(HUBER).update(ERROR, ggd(HUBER).init(DENSE)), ValueError, "current weights"),
         (lambda: generalised_momentum(ggd(), keys="row"), ValueError, "'row'"),  # pyright: ignore
         (lambda: _after(generalised_momentum(ggd()), {"a": DENSE}, {"a": DENSE}), TypeError,
-         r"keys='input'\) takes Outer.*\['a'\] is an array of shape \(4, 3\)"),
+         r"keys='input'\) takes Outer.*a is an array of shape \(4, 3\)"),
         (lambda: _after(generalised_momentum(ggd(), "gradient"), {"a": ERROR}, {"a": DENSE}), TypeError,
-         r"takes dense matrices.*\['a'\] is an Outer"),
+         r"takes dense matrices.*a is an Outer"),
         (lambda: _after(generalised_momentum(ggd(HUBER), "gradient"), {"a": DENSE[0]}, {"a": DENSE[0]}), TypeError,
-         r"\['a'\] is an array of shape \(3,\)"),
+         r"a is an array of shape \(3,\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(make, error, message):

@@ -65,6 +65,7 @@ from tests.oracles import (
     mlp_read,
     nested_cms_loop,
     numpy64,
+    polar5,
     self_modifying_loop,
 )
 
@@ -188,17 +189,6 @@ def loop_omega(chunk_size):  # (68), gradients at the chunk's start
     return loop
 
 
-def muon(x):
-    """Five quintic steps, on the side with fewer rows."""
-    if x.shape[0] > x.shape[1]:
-        return muon(x.T).T
-    x = x / (np.linalg.norm(x) + 1e-7)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
-    return x
-
-
 def loop_atlas(start, xs):  # arXiv:2505.23735, one write per whole chunk
     m, s, ys = start, {n: np.zeros_like(w) for n, w in start.items()}, []
     for first in range(0, T, C):
@@ -209,7 +199,7 @@ def loop_atlas(start, xs):  # arXiv:2505.23735, one write per whole chunk
         gradients = [window_gradient(m, xs, t, np.ones(T)) for t in tokens]
         cut = slice(first, first + C)
         s = {n: np.prod(xs.mu[cut]) * s[n] + sum(g[n] for g in gradients) for n in m}
-        m = {n: np.prod(xs.alpha[cut]) * m[n] - np.sum(xs.eta[cut]) * muon(s[n]) for n in m}
+        m = {n: np.prod(xs.alpha[cut]) * m[n] - np.sum(xs.eta[cut]) * polar5(s[n]) for n in m}
     return np.stack(ys), m
 
 

@@ -289,6 +289,8 @@ def test_inside_a_partition(rng):
     (lambda: m3(LR, scales=()), r"got \(\)"),
     (lambda: m3(LR, b3=(0.9, 0.9)), r"b3 is one number or one for each of the 1 slow scales; got \(0.9, 0.9\)"),
     (lambda: m3(LR, scales=(1, 2, 4), slow_weight=(0.1,)), "slow_weight.*each of the 2"),
+    (lambda: m3(LR, b1=1.5), r"b1 is a decay in \[0, 1\).*got 1.5"),
+    (lambda: m3(LR, b3=-0.1), r"b3 is a decay.*got -0.1"),
     (lambda: m3(LR, ns=("quartic", 5)), "'quartic'"),
     (lambda: m3(LR, ns=("quintic", 0)), "got 0"),
     (lambda: m3(LR, mode="literal", weight_decay=0.1), "no weight decay; got weight_decay=0.1"),

@@ -23,7 +23,7 @@ from hope_jax import (
 )
 from hope_jax.linear_rules import linear_form
 from hope_jax.momentum import cubic_feature
-from tests.oracles import assert_close, compiled
+from tests.oracles import assert_close, compiled, descend
 
 K, V, N = 4, 3, 5
 ETA, ALPHA = 0.3, 0.8
@@ -341,17 +341,7 @@ def test_trains_under_jit_and_scan(name):
         dtype: jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), numbers) for dtype in ("float32", "bfloat16")
     }
     target = {**target, "none": None, "masked": optax.MaskedNode()}
-    dtypes = jax.tree.map(lambda x: x.dtype, target)
-
-    def step(carry, _):
-        params, state = carry
-        g = jax.tree.map(lambda p, t: p - t, params, target)
-        u, state = tx.update(g, state, params, value=1.0, unknown=None)
-        assert jax.tree.map(lambda x: x.dtype, u) == dtypes
-        return (optax.apply_updates(params, u), state), None
-
-    start = jax.tree.map(jnp.zeros_like, target)
-    (end, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=400))((start, tx.init(start)))
+    end = descend(tx, target, 400)
     for dtype, tolerance in (("float32", 1e-2), ("bfloat16", 0.1)):
         off = jax.tree.map(lambda a, b: np.abs(np.float32(a) - np.float32(b)).max(), end[dtype], target[dtype])
         assert max(jax.tree.leaves(off)) < tolerance
@@ -408,10 +398,10 @@ def test_hyperparameters_can_be_injected(make, static, numbers):
         (lambda: delta_momentum(0.1, step="implicit"), "\"damped\", \"explicit\" or \"exact\"; got 'implicit'"),
         (lambda: learned_preconditioner(-1.0), "zeta.*-1.0"),
         (lambda: cubic_feature(-0.1), "increases; got -0.1"),
-        (lambda: _run(delta_momentum(), [jnp.ones(2)]), r"delta_momentum\(learning_rate\) or .* eta="),
-        (lambda: _run(feature_momentum(), [jnp.ones(2)]), r"feature_momentum\(learning_rate\) or .* eta="),
+        (lambda: _run(delta_momentum(), [jnp.ones(2)]), r"delta_momentum\(learning_rate=...\) or .* eta="),
+        (lambda: _run(feature_momentum(), [jnp.ones(2)]), r"feature_momentum\(learning_rate=...\) or .* eta="),
         (lambda: _run(output_momentum(0.1), [{"a": {"b": jnp.ones(2)}}], {"a": {"b": jnp.ones(2)}}),
-         r"sigma does not take \['a'\]\['b'\], of shape \(2,\): newton_schulz needs matrices.*optax.partition"),
+         r"sigma does not take a/b, of shape \(2,\): newton_schulz needs matrices.*optax.partition"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(make, message):

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hope_jax import Tokens, l2_regression, level, mlp_memory, nest
 from tests.optimizer_cases import CASES, Case
 from tests.oracles import assert_close, compiled
 
@@ -219,7 +220,21 @@ def test_zero_gradients(name):
     value, slopes = program(jax.tree.map(jnp.zeros_like, params), params)
     assert np.isfinite(value)
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(slopes))
-    assert any(np.any(s != 0) for s in jax.tree.leaves(slopes[1]))
+    assert any(np.any(s != 0) for s in jax.tree.leaves(slopes[0]))
+
+
+@pytest.mark.slow
+@contract
+def test_writes_a_memory_as_the_rule_of_a_level(name):
+    """An MLP memory over two writes: what it answers changes, and is finite."""
+    case, memory = CASES[name], mlp_memory(4, 3)
+    keys = jax.random.normal(jax.random.key(1), (8, 4))
+    tokens = Tokens(key=keys, value=jnp.roll(keys, 1, axis=1), query=keys)
+    nested = nest(level(memory, case.make(**case.numbers), 4, objective=l2_regression))
+    start = nested.params(jax.random.key(0))
+    state, _ = compiled(nested.apply)(nested.init(start), tokens)
+    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(state.levels[0].start), strict=True):
+        assert np.all(np.isfinite(after)) and np.any(after != before)
 
 
 @pytest.fixture(scope="module")
