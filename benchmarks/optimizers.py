@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hope_jax import adamuon, hidden_matrices, m3
+from hope_jax import adamuon, m3, muon_dimension_numbers
 from hope_kernels.benchmarking import Timing
 
 PERIOD = 16  # steps between two writes of M3's slow memory
@@ -34,16 +34,10 @@ def transformer(size: int, width: int) -> dict[str, Any]:
     return treedef.unflatten([0.02 * jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)])
 
 
-def _muon_axes(params: Any) -> Any:
-    """What `optax.contrib.muon` wants to know of stacked matrices."""
-    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return jax.tree.map(lambda label: axes if label == "matrix" else None, hidden_matrices(params))
-
-
 def rules() -> dict[str, optax.GradientTransformation]:
     """Each with the matrices of `hidden_matrices`, five quintic steps and AdamW on the rest."""
     return {
-        "muon": optax.contrib.muon(1e-3, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes),
+        "muon": optax.contrib.muon(1e-3, consistent_rms=0.2, muon_weight_dimension_numbers=muon_dimension_numbers),
         "m3": m3(1e-3, scales=(1, PERIOD)),
         "adamuon": adamuon(1e-3),
         "adamw": optax.adamw(1e-3),

@@ -67,12 +67,13 @@ class Options:
     results: Path = RESULTS
 
     GRID: ClassVar[tuple[str, ...]] = ("models", "learning_rates", "weight_decays", "chunks", "seeds")
+    KNOWN_MODELS: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
     COUNTS: ClassVar[tuple[str, ...]] = ("steps", "batch_size", "eval_every", "dim", "layers", "head_width")
 
     def __post_init__(self) -> None:
         for name in self.models:
-            if name not in ARCHITECTURES:
-                raise UserError(unknown("model", name, list(ARCHITECTURES)))
+            if name not in self.KNOWN_MODELS:
+                raise UserError(unknown("model", name, list(self.KNOWN_MODELS)))
         for name in self.COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")

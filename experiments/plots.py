@@ -31,7 +31,7 @@ def bars(cells: Cells, table: Table) -> Any:
     scores = [score for score in table.scores if score in shown]
     models = sorted({model for model, _ in cells})
     columns = [column for column in columns_of(table, cells) if any((model, column) in cells for model in models)]
-    figure, panels = _figure(len(scores), width=1.5 + len(columns))
+    figure, panels = figure_of(len(scores), width=1.5 + len(columns))
     for axes, score in zip(panels, scores, strict=True):
         for number, model in enumerate(models):
             heights = {}
@@ -58,7 +58,7 @@ def against_state(cells: Cells, table: Table) -> Any:
         for best in settings.values():
             [pairs] = best.records[0].options["pairs"]
             curves[pairs][model].append((best.records[0].state_bytes, 100 * best.mean(score)))
-    figure, panels = _figure(len(curves), width=4)
+    figure, panels = figure_of(len(curves), width=4)
     for axes, (pairs, by_model) in zip(panels, sorted(curves.items()), strict=True):
         for model, points in sorted(by_model.items()):
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=model)
@@ -73,7 +73,7 @@ def against_state(cells: Cells, table: Table) -> Any:
 def against_position(cells: Cells, table: Table) -> Any:
     """Bits per byte over the place in the context, a panel per text; the vertical line ends the training length."""
     columns = columns_of(table, cells)
-    figure, panels = _figure(len(columns), width=6)
+    figure, panels = figure_of(len(columns), width=6)
     for axes, column in zip(panels, columns, strict=True):
         for (model, name), settings in sorted(cells.items()):
             for best in settings.values() if name == column else ():
@@ -88,10 +88,39 @@ def against_position(cells: Cells, table: Table) -> Any:
     return figure
 
 
+def against_steps(cells: Cells, table: Table) -> Any:
+    """The first score over steps and over processor time, with the spread of the seeds; two panels per column."""
+    score = table.best[0]
+    columns = columns_of(table, cells)
+    figure, panels = figure_of(2 * len(columns), width=5)
+    for number, column in enumerate(columns):
+        over_steps, over_time = panels[2 * number : 2 * number + 2]
+        for (model, name), settings in sorted(cells.items()):
+            for best in settings.values() if name == column else ():
+                curves = [record.curve for record in best.records if not record.failed]
+                steps = [step for step, _ in min(curves, key=len, default=[])]
+                if not steps:
+                    continue
+                values = [[scores[score] for _, scores in curve[: len(steps)]] for curve in curves]
+                mean = [statistics.fmean(at) for at in zip(*values, strict=True)]
+                spread = [statistics.stdev(at) if len(at) > 1 else 0.0 for at in zip(*values, strict=True)]
+                low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+                per_step = statistics.fmean(r.cpu_seconds / max(1, r.steps - 1) for r in best.records)
+                for axes, places in ((over_steps, steps), (over_time, [step * per_step for step in steps])):
+                    [line] = axes.plot(places, mean, label=model)
+                    axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+        over_steps.set(title=column, xlabel="step", ylabel=score)
+        over_time.set(title=column, xlabel="processor seconds of steps", ylabel=score)
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
 CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
+CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
 
 
-def _figure(panels: int, *, width: float) -> tuple[Any, Sequence[Any]]:
+def figure_of(panels: int, *, width: float) -> tuple[Any, Sequence[Any]]:
+    """A figure with this many panels in a row, each `width` inches wide, drawn in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -30,7 +30,7 @@ class Record:
       options: what decides the numbers (`options.settings`).
       config: the model config.
       parameters: how many numbers are trained.
-      state_bytes: bytes of recurrent state of one sequence.
+      state_bytes: bytes of recurrent state of one sequence; 0 if the model is not one of the library.
       steps: training steps taken.
       seconds: of training steps after the first.
       cpu_seconds: of processor time in `seconds`, over all cores.

@@ -20,7 +20,7 @@ HEAD = """# Results
 
 Written by `python -m experiments.report` from the records in `results/`; numbers with "published" are those of the
 source named under the table. ± is the standard deviation over seeds. "–": not computed. Scores named "bits" are bits
-per byte, fewer are better; all others are percent.
+per byte or per label, fewer are better; all others are percent.
 """
 
 

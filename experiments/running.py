@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
     column: str  # of the table
     setting: str  # difficulty within the column, "" if there is only one
-    config: ModelConfig
+    config: Any  # of the model, a dataclass
     model: Model
     batches: Iterator[Batch]
     loss: Callable[[jax.Array, Batch], jax.Array]
@@ -87,7 +87,7 @@ def compute(experiment: str, cell: Options, job: Job, label: str, console: Conso
         options=settings(cell),
         config=to_dict(job.config),
         parameters=count(job.model),
-        state_bytes=state_bytes(job.config),
+        state_bytes=state_bytes(job.config) if isinstance(job.config, ModelConfig) else 0,
         steps=trained.steps,
         seconds=round(trained.seconds, 2),
         cpu_seconds=round(trained.cpu_seconds, 2),

@@ -75,12 +75,17 @@ def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
     return (nats_BT * batch.weights).sum() / batch.weights.sum()
 
 
-def optimizer(cell: Options) -> optax.GradientTransformation:
-    """Clipped AdamW with a linear warm-up and a cosine to a hundredth of the learning rate."""
-    [rate], [decay] = cell.learning_rates, cell.weight_decays
+def schedule(cell: Options) -> optax.Schedule:
+    """Linear warm-up and a cosine to a hundredth of the learning rate."""
+    [rate] = cell.learning_rates
     warmup = min(cell.warmup, cell.steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, cell.steps, rate / 100)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=decay, mask=decay_mask)
+    return optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, cell.steps, rate / 100)
+
+
+def optimizer(cell: Options) -> optax.GradientTransformation:
+    """Clipped AdamW under `schedule`."""
+    [decay] = cell.weight_decays
+    adamw = optax.adamw(schedule(cell), b1=0.9, b2=0.95, weight_decay=decay, mask=decay_mask)
     return optax.chain(optax.clip_by_global_norm(cell.clip), adamw)
 
 

@@ -58,7 +58,7 @@ from hope_jax.deep_momentum import deep_momentum
 from hope_jax.ggd import generalised_momentum, ggd
 from hope_jax.levels import level
 from hope_jax.m3 import m3, scale_by_m3
-from hope_jax.matrix_parameters import hidden_matrices
+from hope_jax.matrix_parameters import hidden_matrices, muon_dimension_numbers
 from hope_jax.memories import deep_memory, linear_memory, mlp_memory
 from hope_jax.minibatch import add_delta_decay, mean_factors, minibatch
 from hope_jax.miras import memora, miras, moneta, yaad
@@ -167,6 +167,7 @@ __all__ = [
     "miras",
     "mlp_memory",
     "moneta",
+    "muon_dimension_numbers",
     "nest",
     "nest_with_starts",
     "newton_schulz",

@@ -39,6 +39,18 @@ def hidden_matrices(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: MATRIX if _is_hidden(path, leaf) else OTHER, params)
 
 
+def muon_dimension_numbers(params: Params) -> Any:
+    """The same matrices for `optax.contrib.muon(muon_weight_dimension_numbers=...)`, leading axes independent.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> muon_dimension_numbers({"wq": jnp.zeros((3, 4, 4)), "bias": jnp.zeros(4)})
+        {'bias': None, 'wq': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
+    """
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree.map(lambda label: axes if label == MATRIX else None, hidden_matrices(params))
+
+
 def _is_hidden(path: Any, leaf: Any) -> bool:
     if leaf.ndim < 2 or min(leaf.shape[-2:]) < 2:
         return False
