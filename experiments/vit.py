@@ -37,13 +37,31 @@ class ViTConfig:
     heads: int
 
 
+class Attention(nnx.Module):
+    """Every position attends to every other; queries and keys have unit rms.
+
+    Kernels are [dim, dim]: of those of flax itself, [dim, heads, width], a rule for matrices would take [heads, width].
+    """
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        dim = config.dim
+        self.heads = config.heads
+        self.q, self.k, self.v, self.out = (nnx.Linear(dim, dim, use_bias=False, rngs=rngs) for _ in range(4))
+        self.q_norm, self.k_norm = (nnx.RMSNorm(dim // config.heads, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x_BPD: jax.Array) -> jax.Array:
+        q, k, v = (layer(x_BPD).reshape(*x_BPD.shape[:2], self.heads, -1) for layer in (self.q, self.k, self.v))
+        read_BPHK = jax.nn.dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.out(read_BPHK.reshape(x_BPD.shape))
+
+
 class Block(nnx.Module):
     """Attention and an MLP of four times the width, each behind a norm and beside a residual."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         dim = config.dim
         self.attention_norm, self.mlp_norm = (nnx.LayerNorm(dim, rngs=rngs) for _ in range(2))
-        self.attention = nnx.MultiHeadAttention(config.heads, dim, decode=False, normalize_qk=True, rngs=rngs)
+        self.attention = Attention(config, rngs)
         self.up, self.down = nnx.Linear(dim, 4 * dim, rngs=rngs), nnx.Linear(4 * dim, dim, rngs=rngs)
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
