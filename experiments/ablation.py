@@ -5,7 +5,7 @@
 Every row is one change of the same config: Hope with queries from a written box too, momentum, retention, delta
 gradient descent, and two CMS levels of which the second steps with every fourth optimizer step (spec 8.4). "static"
 means that k, v or q comes from an ordinary projection. Tasks: "language_model" (bits per byte of held-out text),
-"mqar" (4 pairs in 64 tokens, accuracy at queries) and "parity" (whole strings right at 2-50 and 51-100 symbols, width
+"mqar" (3 pairs in 24 tokens, accuracy at queries) and "parity" (whole strings right at 2-50 and 51-100 symbols, width
 32, chunk 1).
 
 In the paper's table a part is worth about ten percent of perplexity, 0.14 bits per token or a few hundredths of a bit
@@ -108,7 +108,7 @@ def _language_model(cell: AblationOptions) -> Setup:
 
 
 def _mqar(cell: AblationOptions) -> Setup:
-    recall = mqar.RecallOptions(**_shared(cell), pairs=(4,), vocab=64, length=64, test_sequences=cell.test_examples)
+    recall = mqar.RecallOptions(**_shared(cell), pairs=(3,), vocab=32, length=24, test_sequences=cell.test_examples)
     base = _base(cell, recall.vocab, recall.length)
     return Setup(cell, base, mqar.stream(recall), cross_entropy, lambda model: mqar.evaluation(recall, model))
 

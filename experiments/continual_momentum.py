@@ -6,20 +6,20 @@
 A matrix [K, V] learns one linear task after another, y = x W_i, with inputs from a subspace U_i of its own:
 
     orthogonal     the subspaces share nothing, so one matrix solves all tasks and every gradient of one task is
-                   orthogonal to those of the others: whatever is forgotten, momentum did
-    overlapping    every basis vector of U_i has the part `overlap` in a subspace that all tasks share, where their
-                   targets contradict each other: forgetting cannot be avoided
+                   orthogonal to those of the others: gradient descent forgets nothing
+    overlapping    every basis vector of U_i has the part `overlap` in a subspace that all tasks share, where
+                   their gradients interfere
 
 The loss of task i, |U_i^T (W - W_i)|^2 over its value at W = 0, is computed exactly. "learned" is its mean over tasks
 right after each was trained, "end" after the last one, and "forgotten" the mean rise in between over all but the last.
 "carry" goes on with the momentum of the task before (`carry_momentum`), "reset" starts it again (`reset_momentum`). The
-step falls linearly to zero within each task. Every rule has the learning rate of the grid with the lowest "end".
+update falls linearly to zero within each task, after the rule: a momentum that is carried over acts in full again.
+Every rule has the learning rate of the grid with the lowest "end".
 
 The picture is plots/continual_momentum.png. Three minutes on one core.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.options import from_command_line
 from experiments.plots import figure_of
 from hope_jax import carry_momentum, deep_momentum, delta_momentum, m3, preconditioned_momentum, reset_momentum
 from hope_jax.training.errors import UserError
@@ -54,7 +55,7 @@ RULES: dict[str, Rule] = {
 }
 SEQUENCES = ("orthogonal", "overlapping")
 BOUNDARIES = {"carry": carry_momentum, "reset": reset_momentum}
-RATES = tuple(float(rate) for rate in np.geomspace(1e-3, 1.0, 7))
+RATES = tuple(float(rate) for rate in np.geomspace(1e-5, 1.0, 11))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,6 @@ TINY = ContinualOptions(
     rank=2,
     outputs=2,
     seeds=2,
-    tiny=True,
     out=Path("runs/experiments/plots"),
 )
 
@@ -234,11 +234,13 @@ def _label(rule: str, way: str) -> str:
 
 def draw(results: dict[tuple[str, str, str], Result], options: ContinualOptions) -> Path:
     """The first task's loss over all steps, a panel per sequence, one line per rule and boundary."""
+    from matplotlib import colormaps
+
     figure, panels = figure_of(2, width=8)
     for axes, sequence in zip(panels, SEQUENCES, strict=True):
         for (name, rule, way), found in results.items():
             if name == sequence:
-                color = f"C{list(RULES).index(rule) % 10}"
+                color = colormaps["tab20"](list(RULES).index(rule))
                 style = "-" if way == "carry" else ":"
                 axes.plot(found.first_task, style, color=color, linewidth=1, label=_label(rule, way))
         for task in range(1, options.tasks):
@@ -254,11 +256,7 @@ def draw(results: dict[tuple[str, str, str], Result], options: ContinualOptions)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    default = TINY if "--tiny" in sys.argv else ContinualOptions()
     try:
-        made = tyro.cli(ContinualOptions, default=default, config=(tyro.conf.FlagCreatePairsOff,))
-        print(run(made, Console())[0])
-    except UserError as error:
+        print(run(from_command_line(ContinualOptions, TINY), Console())[0])
+    except (UserError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

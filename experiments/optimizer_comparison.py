@@ -1,22 +1,24 @@
-"""The optimizers that are compared, under one schedule, and what an equal amount of time is."""
+"""The optimizers that are compared, under one schedule.
+
+Every step of a matrix has the size of AdamW's, by the rms 0.2 of its direction: exactly in AdaMuon and M3, for
+directions of full rank in optax's Muon, whose remaining parameters see Nesterov's AdamW. "m3_fast_alone" is M3 without
+its slow memory. "m3_literal" is the published algorithm behind the same clipping of gradients, whose size its epsilon is
+to be compared with; its learning rates are on a scale of their own.
+"""
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from experiments.options import Options
-from experiments.training import Batch, Model, schedule, start
+from experiments.training import schedule
 from hope_jax import adamuon, m3, muon_dimension_numbers
 from hope_jax.training.errors import UserError
 from hope_jax.training.optimizer import decay_mask
 from hope_jax.training.overrides import unknown
-from hope_kernels.benchmarking import time_side_by_side
 
 type Rule = Callable[[optax.Schedule, float], optax.GradientTransformation]
 B2 = 0.95  # of every Adam: of "adamw", and of the leaves that are no matrices in the others
@@ -45,8 +47,7 @@ def _m3(rate: optax.Schedule, decay: float, period: int = 32) -> optax.GradientT
 
 
 def _m3_literal(rate: optax.Schedule, decay: float, eps: float) -> optax.GradientTransformation:
-    if decay:
-        raise UserError(f"m3 to the letter has no weight decay; got weight_decays {decay:g}")
+    del decay  # has none; the options refuse one
     return m3(rate, mode="literal", eps=eps)
 
 
@@ -55,6 +56,7 @@ RULES: dict[str, Rule] = {
     "muon": _muon,
     "adamuon": _adamuon,
     "m3": _m3,
+    "m3_fast_alone": lambda rate, decay: m3(rate, scales=(1,), weight_decay=decay, adam_b2=B2),
     "m3_period_8": partial(_m3, period=8),
     "m3_period_128": partial(_m3, period=128),
     "m3_literal_eps_1e-8": partial(_m3_literal, eps=1e-8),
@@ -62,7 +64,6 @@ RULES: dict[str, Rule] = {
     "m3_literal_eps_0.1": partial(_m3_literal, eps=0.1),
     "m3_literal_eps_1": partial(_m3_literal, eps=1.0),
 }
-BASE = "adamw"  # whose time the others get
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,53 +72,23 @@ class ComparisonOptions(Options):
 
     Attributes:
       optimizers: names in `optimizer_comparison.RULES`.
-      equal: "steps", or "time": as many steps as fit into the time that adamw needs for `steps`, by the steps of both
-        timed in turns before the run.
     """
 
     optimizers: tuple[str, ...] = ("adamw", "muon", "adamuon", "m3")
-    equal: tuple[str, ...] = ("steps",)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
 
-    GRID: ClassVar[tuple[str, ...]] = ("equal", "optimizers", *Options.GRID)
+    GRID: ClassVar[tuple[str, ...]] = ("optimizers", *Options.GRID)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for kind, names, known in (
-            ("optimizer", self.optimizers, list(RULES)),
-            ("equal", self.equal, ["steps", "time"]),
-        ):
-            for name in names:
-                if name not in known:
-                    raise UserError(unknown(kind, name, known))
+        for name in self.optimizers:
+            if name not in RULES:
+                raise UserError(unknown("optimizer", name, list(RULES)))
+            if "literal" in name and any(self.weight_decays):
+                raise UserError(f"{name} has no weight decay: add --weight-decays 0; got {self.weight_decays}")
 
 
-def rule(cell: ComparisonOptions, name: str | None = None) -> optax.GradientTransformation:
-    """The optimizer of a cell, or the one of this name in its place, behind the clipping all of them share."""
+def rule(cell: ComparisonOptions) -> optax.GradientTransformation:
+    """The optimizer of a cell, behind the clipping that all of them share."""
     [optimizer], [decay] = cell.optimizers, cell.weight_decays
-    return optax.chain(optax.clip_by_global_norm(cell.clip), RULES[name or optimizer](schedule(cell), decay))
-
-
-def granted[T: ComparisonOptions](
-    cell: T, model: Model, batches: Iterator[Batch], loss: Callable[[jax.Array, Batch], jax.Array]
-) -> T:
-    """The cell with the number of steps that it gets."""
-    [equal], [optimizer] = cell.equal, cell.optimizers
-    if equal == "steps" or optimizer == BASE:
-        return cell
-    batch = next(batches)
-    rules = {name: rule(cell, name) for name in (BASE, optimizer)}
-    states = {name: start(model, tx, 0) for name, tx in rules.items()}
-
-    def step(name: str) -> Callable[[Any], Any]:
-        def one(states: Any) -> Any:
-            params, state = states[name]
-            grads = jax.grad(lambda p: loss(model.apply(p, jnp.asarray(batch.tokens)), batch))(params)
-            updates, state = rules[name].update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return one
-
-    # Processor time where it is the processor that computes: a busy machine makes it no longer.
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    timings = time_side_by_side({name: step(name) for name in rules}, states, case="", base=BASE, clock=clock)
-    return dataclasses.replace(cell, steps=max(1, round(cell.steps * timings[-1].ratio)))
+    return optax.chain(optax.clip_by_global_norm(cell.clip), RULES[optimizer](schedule(cell), decay))

@@ -20,7 +20,6 @@ The picture is plots/optimizer_toy.png. A few seconds on one core; the sweep tak
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.options import from_command_line
 from experiments.plots import figure_of
 from hope_jax import deep_momentum, delta_momentum, preconditioned_momentum
 from hope_jax.training.errors import UserError
@@ -85,7 +85,7 @@ class ToyOptions:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
 
 
-TINY = ToyOptions(steps=20, tasks=5, tiny=True, out=Path("runs/experiments/plots"))
+TINY = ToyOptions(steps=20, tasks=5, out=Path("runs/experiments/plots"))
 
 
 class Tuned(NamedTuple):
@@ -222,10 +222,7 @@ def run(options: ToyOptions, console: Console) -> Path:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    default = TINY if "--tiny" in sys.argv else ToyOptions()
     try:
-        print(run(tyro.cli(ToyOptions, default=default, config=(tyro.conf.FlagCreatePairsOff,)), Console()))
-    except UserError as error:
+        print(run(from_command_line(ToyOptions, TINY), Console()))
+    except (UserError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

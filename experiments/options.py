@@ -84,7 +84,7 @@ def available(*names: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in ARCHITECTURES)
 
 
-def from_command_line[T: Options](cls: type[T], tiny: T, arguments: Sequence[str] | None = None) -> T:
+def from_command_line[T](cls: type[T], tiny: T, arguments: Sequence[str] | None = None) -> T:
     """The options of a command line; with --tiny the defaults are those of `tiny`.
 
     Raises:

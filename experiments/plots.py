@@ -89,9 +89,10 @@ def against_position(cells: Cells, table: Table) -> Any:
 
 
 def against_steps(cells: Cells, table: Table) -> Any:
-    """The first score over steps and over processor time, with the spread of the seeds; two panels per column."""
+    """The score that decides, over steps and over processor time, with the spread of the seeds."""
     score = table.best[0]
     columns = columns_of(table, cells)
+    colors = {model: f"C{number}" for number, model in enumerate(sorted({model for model, _ in cells}))}
     figure, panels = figure_of(2 * len(columns), width=5)
     for number, column in enumerate(columns):
         over_steps, over_time = panels[2 * number : 2 * number + 2]
@@ -107,11 +108,11 @@ def against_steps(cells: Cells, table: Table) -> Any:
                 low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
                 per_step = statistics.fmean(r.cpu_seconds / max(1, r.steps - 1) for r in best.records)
                 for axes, places in ((over_steps, steps), (over_time, [step * per_step for step in steps])):
-                    [line] = axes.plot(places, mean, label=model)
-                    axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+                    axes.plot(places, mean, label=model, color=colors[model])
+                    axes.fill_between(places, low, high, alpha=0.2, color=colors[model])
         over_steps.set(title=column, xlabel="step", ylabel=score)
         over_time.set(title=column, xlabel="processor seconds of steps", ylabel=score)
-    panels[-1].legend(fontsize=7)
+        over_time.legend(fontsize=7)
     return figure
 
 

@@ -149,8 +149,7 @@ TABLES = {
         scores=("bits_per_byte",),
         best=("bits_per_byte",),
         note="The learning rate of each is the best on the text it is reported on. The paper compares times of "
-        "training only (Figure 12): M3 slower than Muon and on par with AdaMuon. The list below has the steps taken in "
-        "equal time.",
+        "training only (Figure 12): M3 slower than Muon and on par with AdaMuon. See plots/optimizer_lm_curve.png.",
     ),
     "optimizer_vision": Table(
         title="Optimizers on a Vision Transformer: bits of training labels / of test labels / test accuracy",

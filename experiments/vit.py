@@ -1,7 +1,7 @@
 """A small Vision Transformer as an ordinary flax module, so that optimizers meet a model that is not ours.
 
-As published (Dosovitskiy et al. 2021, arXiv:2010.11929) with two changes that are usual for small ones: the mean over
-patches in the place of a class token, and normalised queries and keys.
+As published (Dosovitskiy et al. 2021, arXiv:2010.11929) with changes that are usual for small ones: the mean over
+patches in the place of a class token, normalised queries and keys, projections without bias.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class ViTConfig:
 
 
 class Attention(nnx.Module):
-    """Every position attends to every other; queries and keys have unit rms.
+    """Every position attends to every other; queries and keys are normalised.
 
     Kernels are [dim, dim]: of those of flax itself, [dim, heads, width], a rule for matrices would take [heads, width].
     """

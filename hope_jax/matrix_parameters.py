@@ -23,7 +23,9 @@ def hidden_matrices(params: Params) -> Any:
     """A tree of "matrix" for hidden matrices and "other" for everything else, by shape and by name.
 
     A hidden matrix has two or more axes, the last two longer than one (leading axes are layers, heads, ...), and its
-    path names no embedding, head, norm, gate or convolution, nor a vector stacked over layers (scale, bias, ...).
+    path names no embedding, head, norm, gate or convolution, nor a vector stacked over layers (scale, bias, ...). A
+    kernel that keeps heads apart, such as [dim, heads, width] in `nnx.MultiHeadAttention`, is not one matrix this way:
+    label it yourself, or reshape it.
 
     Args:
         params: a tree of arrays or shapes; for other names than these write a function of your own.

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from experiments import continual_momentum, optimizer_toy
-from experiments.continual_momentum import ContinualOptions, best_of_grid, losses, make_tasks
+from experiments.continual_momentum import ContinualOptions, learn, losses, make_tasks, summary
 from experiments.optimizer_toy import RULES, ToyOptions, held, psi, steps_until_near, trajectory
+from experiments.options import from_command_line
 from hope_jax import carry_momentum, delta_momentum, preconditioned_momentum, reset_momentum
 from hope_jax.training.errors import UserError
 
@@ -78,12 +79,36 @@ def test_tasks(overlap):
 
 
 def test_only_momentum_forgets_orthogonal_tasks():
-    options = ContinualOptions(tasks=3, steps=60, seeds=2)
-    rule = continual_momentum.RULES["momentum_0.99"]
-    carried, reset = (best_of_grid(rule, way, options)["orthogonal"] for way in (carry_momentum, reset_momentum))
-    assert (np.abs(reset.forgotten) < 1e-5).all() and (np.abs(carried.forgotten) > 1e-3).all()
-    sgd = best_of_grid(continual_momentum.RULES["sgd"], carry_momentum, options)
-    assert (np.abs(sgd["orthogonal"].forgotten) < 1e-5).all() and (sgd["overlapping"].forgotten > 0.1).all()
+    """At one learning rate: what is carried over undoes what was learned, by whole shares of the loss."""
+    options = ContinualOptions(tasks=3, steps=100)
+
+    def forgotten(rule, boundary, overlap=0.0):
+        run = jax.jit(lambda key: learn(continual_momentum.RULES[rule](1e-3), boundary, key, options, overlap))
+        return summary(np.stack([run(jax.random.key(seed)) for seed in (0, 1)]), 1e-3).forgotten
+
+    assert (np.abs(forgotten("momentum_0.99", reset_momentum)) < 1e-5).all()
+    assert (np.abs(forgotten("momentum_0.99", carry_momentum)) > 0.02).all()
+    assert (np.abs(forgotten("sgd", carry_momentum)) < 1e-5).all()
+    assert (np.abs(forgotten("sgd", carry_momentum, overlap=0.7)) > 1e-3).all()
+
+
+def test_summary():
+    """Two tasks of two steps; the first is at 0.2 when learned and at 0.5 in the end."""
+    losses_SNTN = np.array([[[[0.9, 1.0], [0.2, 1.0]], [[0.4, 0.3], [0.5, 0.1]]]] * 2)
+    found = summary(losses_SNTN, 0.1)
+    np.testing.assert_allclose(found.learned, [0.15] * 2)
+    np.testing.assert_allclose(found.forgotten, [0.3] * 2)
+    np.testing.assert_allclose(found.end, [0.3] * 2)
+    assert found.first_task.tolist() == [0.9, 0.2, 0.4, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("cls", "tiny"), [(ToyOptions, optimizer_toy.TINY), (ContinualOptions, continual_momentum.TINY)]
+)
+def test_command_line(cls, tiny):
+    made = from_command_line(cls, tiny, ["--tiny"])
+    assert made == dataclasses.replace(tiny, tiny=True)
+    assert from_command_line(cls, tiny, []) == cls()
 
 
 def test_continual_runs(tmp_path):
