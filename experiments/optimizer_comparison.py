@@ -2,8 +2,8 @@
 
 Every step of a matrix has the size of AdamW's, by the rms 0.2 of its direction: exactly in AdaMuon and M3, for
 directions of full rank in optax's Muon, whose remaining parameters see Nesterov's AdamW. "m3_fast_alone" is M3 without
-its slow memory. "m3_literal" is the published algorithm behind the same clipping of gradients, whose size its epsilon is
-to be compared with; its learning rates are on a scale of their own.
+its slow memory. "m3_literal" is the published algorithm behind the same clipping of gradients, whose size its epsilon
+is to be compared with; its learning rates are on a scale of their own.
 """
 
 import dataclasses
