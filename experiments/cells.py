@@ -12,6 +12,7 @@ from experiments.records import Record
 from experiments.training import in_bits, show_score
 
 NONE = "–"
+FAILED = "not finite"  # the only way in which a run fails
 RAW_BITS = 8.0  # of a byte of which nothing is known
 
 
@@ -87,7 +88,12 @@ def scores_of(table: Table, cells: Mapping[tuple[str, str], Mapping[str, Best]],
 
 
 def show(settings: dict[str, Best], table: Table, column: str) -> str:
-    """A cell as text: "98.2 ± 0.4 / 10.1 ± 3.0", or "51.2 [3 of 11]" for a mean over some of its settings."""
+    """A cell as text: "98.2 ± 0.4 / 10.1 ± 3.0", or "51.2 [3 of 11]" for a mean over some of its settings.
+
+    Where every run failed there is no number.
+    """
+    if all(record.failed for best in settings.values() for record in best.records):
+        return FAILED
     text = " / ".join(_show_score(list(settings.values()), score) for score in table.scores)
     expected = table.settings.get(column)
     return text if expected in (None, len(settings)) else f"{text} [{len(settings)} of {expected}]"

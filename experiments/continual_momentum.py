@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.options import from_command_line
-from experiments.plots import figure_of
+from experiments.options import at_least, from_command_line
+from experiments.plots import figure_of, save
 from hope_jax import carry_momentum, deep_momentum, delta_momentum, m3, preconditioned_momentum, reset_momentum
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import unknown
@@ -68,7 +68,7 @@ class ContinualOptions:
       steps: of each task.
       batch_size: examples per step.
       rank: of each task's inputs.
-      outputs: V; K is just large enough for subspaces that share nothing.
+      outputs: V; K is (tasks + 1) rank, a block of inputs for all tasks and one for each.
       overlap: length of the shared part of a basis vector, in [0, 1], in the overlapping sequence.
       seeds: how many sequences, of other tasks and examples each.
       tiny: a few steps, below runs/.
@@ -90,9 +90,7 @@ class ContinualOptions:
         for rule in self.rules:
             if rule not in RULES:
                 raise UserError(unknown("rule", rule, list(RULES)))
-        for name, least in (("tasks", 2), ("steps", 1), ("batch_size", 1), ("rank", 1), ("outputs", 1), ("seeds", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        at_least(self, {"tasks": 2, "steps": 1, "batch_size": 1, "rank": 1, "outputs": 1, "seeds": 2})
         if not 0 <= self.overlap <= 1:
             raise UserError(f"overlap must lie between 0 and 1; got {self.overlap}")
 
@@ -152,7 +150,15 @@ def learn(
     options: ContinualOptions,
     overlap: Any,
 ) -> jax.Array:
-    """[N, steps, N] losses of all tasks after every step on every task."""
+    """[N, steps, N] losses of all tasks (last axis) after every step on every task.
+
+    Args:
+      tx: the rule.
+      boundary: `carry_momentum` or `reset_momentum`, called before every task; before the first it changes nothing.
+      key: of the tasks and the examples.
+      options: sizes.
+      overlap: length of the shared part, a number or a traced one.
+    """
     task_key, data_key = jax.random.split(key)
     tasks = make_tasks(task_key, options, overlap)
     params = {"w": jnp.zeros(tasks.targets_NKV.shape[1:])}
@@ -249,10 +255,7 @@ def draw(results: dict[tuple[str, str, str], Result], options: ContinualOptions)
             title=f"{sequence} tasks", xlabel="step", ylabel="loss of the first task", yscale="log", ylim=(1e-4, 3)
         )
     panels[-1].legend(fontsize=5, ncols=2)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "continual_momentum.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return save(figure, options.out / "continual_momentum.png")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.options import from_command_line
-from experiments.plots import figure_of
+from experiments.options import at_least, from_command_line
+from experiments.plots import figure_of, save
 from hope_jax import deep_momentum, delta_momentum, preconditioned_momentum
 from hope_jax.training.errors import UserError
 
@@ -80,9 +80,7 @@ class ToyOptions:
     out: Path = Path("experiments/plots")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tasks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        at_least(self, {"steps": 1, "tasks": 1})
 
 
 TINY = ToyOptions(steps=20, tasks=5, out=Path("runs/experiments/plots"))
@@ -206,10 +204,7 @@ def draw(points: dict[str, jax.Array], shares: dict[str, np.ndarray], options: T
         carried.plot(share, label=name)
     carried.set(xlabel="steps into the second task", ylabel="share of the first direction", title="orthogonal tasks")
     carried.legend(fontsize=7)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "optimizer_toy.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return save(figure, options.out / "optimizer_toy.png")
 
 
 def run(options: ToyOptions, console: Console) -> Path:

@@ -6,8 +6,8 @@
 Images are scikit-learn's 1,797 digits of 8 x 8 (a quarter is held out), or those of a folder, one subfolder per class,
 inside `train/` and `test/` or not; they are scaled to `size`. "bits_train" and "bits_test" are the cross-entropy of
 the labels in bits at the end, on all training images and on all test images. Options of sequence models (chunks,
-overrides, parameters) have no effect here. The paper (Figure 11) compares AdamW,
-Muon and M3 on ImageNet-21K with 24M and 86M parameters: there M3 is lowest on both.
+overrides, parameters) have no effect here. The paper (Figure 11) compares AdamW, Muon and M3 on ImageNet-21K with 24M
+and 86M parameters: there M3 is lowest on both.
 
 Cost of 400 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 0.2.
 """

@@ -6,7 +6,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,9 +74,18 @@ class Options:
         for name in self.models:
             if name not in self.KNOWN_MODELS:
                 raise UserError(unknown("model", name, list(self.KNOWN_MODELS)))
-        for name in self.COUNTS:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        at_least(self, dict.fromkeys(self.COUNTS, 1))
+
+
+def at_least(options: Any, least: Mapping[str, int]) -> None:
+    """Refuses an option below its least value.
+
+    Raises:
+      UserError: it names the option and its value.
+    """
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise UserError(f"{name} must be at least {value}; got {getattr(options, name)}")
 
 
 def available(*names: str) -> tuple[str, ...]:

@@ -17,12 +17,9 @@ def draw(experiment: str, cells: Cells, table: Table, folder: Path) -> list[Path
     """Draws what there is to draw and returns the paths of the PNG files; nothing without records."""
     if not cells:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {"": bars, **CURVES.get(experiment, {})}
     paths = {folder / f"{experiment}{suffix}.png": picture for suffix, picture in pictures.items()}
-    for path, picture in paths.items():
-        picture(cells, table).savefig(path, dpi=120)
-    return list(paths)
+    return [save(picture(cells, table), path) for path, picture in paths.items()]
 
 
 def bars(cells: Cells, table: Table) -> Any:
@@ -118,6 +115,13 @@ def against_steps(cells: Cells, table: Table) -> Any:
 
 CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure as PNG, into a folder that it makes, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def figure_of(panels: int, *, width: float) -> tuple[Any, Sequence[Any]]:

@@ -93,14 +93,18 @@ def _table(table: Table, cells: dict[tuple[str, str], dict[str, Best]]) -> list[
 
 def _details(cells: dict[tuple[str, str], dict[str, Best]], machines: Sequence[str]) -> list[str]:
     """How each number was made."""
-    head = ["model", "column", "setting", "seeds", "configurations tried", "parameters", "steps", "CPU min", "commit"]
+    head = ["model", "column", "setting", "seeds", "configurations tried", "parameters", "steps", "CPU min"]
+    head += ["CPU ms a step", "commit"]
     rows = []
     for (model, column), settings in sorted(cells.items()):
         for setting, best in sorted(settings.items()):
             first = best.records[0]
             made = [model, column, setting or NONE, _seeds(best), str(best.tried), f"{first.parameters:,}"]
-            minutes = sum(record.cpu_seconds for record in best.records) / len(best.records) / 60
-            made += ["-".join(_range(record.steps for record in best.records)), f"{minutes:.1f}", first.commit or NONE]
+            seconds = sum(record.cpu_seconds for record in best.records)  # the first step of each is not in it
+            per_step = 1000 * seconds / max(1, sum(record.steps - 1 for record in best.records))
+            minutes = seconds / len(best.records) / 60
+            made += ["-".join(_range(record.steps for record in best.records)), f"{minutes:.1f}"]
+            made += [f"{per_step:.1f}", first.commit or NONE]
             rows.append([*made, f"M{machines.index(first.machine) + 1}", f"`{first.command}`"])
     return markdown([*head, "machine", "command (first seed)"], rows) if rows else ["No records yet."]
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,17 @@ def test_weight_decay_is_that_of_the_matrices(name):
     rate = np.asarray(schedule(cell)(0)).item()
     np.testing.assert_allclose(updates["w"], np.full((6, 4), -rate * 0.5 * 2.0), rtol=1e-5)
     assert not np.any(updates["bias"])
+
+
+def test_gradients_are_clipped_together():
+    """The literal M3 with epsilon 1 sees their size: ten times the norm allowed is the norm allowed."""
+    params = {"w": jnp.eye(4), "bias": jnp.ones(4)}
+    cell = dataclasses.replace(CELL, optimizers=("m3_literal_eps_1",), clip=1.0)
+    tx = rule(cell)
+    unit = {"w": jnp.full((4, 4), 0.2), "bias": jnp.full(4, 0.3)}  # 16 x 0.04 + 4 x 0.09 = 1
+    small, _ = tx.update(unit, tx.init(params), params)
+    large, _ = tx.update(jax.tree.map(lambda g: 10 * g, unit), tx.init(params), params)
+    chex.assert_trees_all_close(small, large, rtol=1e-5)
 
 
 def test_refusals():

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.cells import scores_of, show, table_cells
+from experiments.plots import against_steps
 from experiments.published import TABLES, Table
 from experiments.records import Record, write
 from experiments.report import NONE, ReportOptions, report
@@ -77,6 +78,27 @@ def test_a_score_that_was_not_measured_is_no_zero():
     assert [show(cells[model, "parity"], shown, "parity") for model in ("hope", "lstm")] == ["100.0 / –", "50.0 / 25.0"]
 
 
+def test_curves_are_those_of_the_records():
+    """Over steps and over processor time, mean and spread of the seeds; a failed run has no curve."""
+    values = ((4.0, 3.0), (5.0, 3.5))
+    runs = [
+        record(
+            0.1,
+            seed,
+            {"bits_per_byte": bits[-1]},
+            curve=[(250, {"bits_per_byte": bits[0]}), (500, {"bits_per_byte": bits[1]})],
+        )
+        for seed, bits in enumerate(values)
+    ]
+    runs.append(record(0.1, 0, {}, model="muon", failed="not finite at step 3", curve=[]))
+    table = TABLES["optimizer_lm"]
+    over_steps, over_time = against_steps(table_cells(runs, table), table).axes
+    [line], [timed] = over_steps.lines, over_time.lines
+    assert line.get_xdata().tolist() == [250, 500] and line.get_ydata().tolist() == [4.5, 3.25]
+    assert timed.get_xdata() == pytest.approx([250 * 90 / 499, 500 * 90 / 499])
+    assert timed.get_ydata().tolist() == [4.5, 3.25]
+
+
 def test_one_seed_has_no_spread():
     assert cell([record()]) == "98.1 / 10.0"
 
@@ -100,6 +122,11 @@ def test_report_shows_records_and_published_numbers_and_invents_nothing(tmp_path
         for model in ("hope", "transformer")
         for width in (8, 16)
     ]
+    curve = [(250, {"bits_per_byte": 4.0}), (500, {"bits_per_byte": 3.0})]
+    runs += [
+        record(0.1, seed, {"bits_per_byte": 3.0}, model="m3", experiment="optimizer_lm", column="tiny", curve=curve)
+        for seed in (0, 1)
+    ]
     for number, one in enumerate(runs):
         write(tmp_path / "results" / one.experiment / f"{number}.json", one)
     text = report(ReportOptions(tmp_path / "results", tmp_path)).read_text()
@@ -107,13 +134,17 @@ def test_report_shows_records_and_published_numbers_and_invents_nothing(tmp_path
     languages = text[text.index("## Formal") : text.index("## MAD")]
     assert f"| hope | 98.1 ± 0.0 / 10.0 ± 0.0 | {' | '.join([NONE] * 5)} |" in languages
     assert "| hope, published | 100 / 100 | 100 / 100 |" in languages
+    assert f"| lstm | not finite | {' | '.join([NONE] * 5)} |" in languages
     assert f"| srwm | {' | '.join([NONE] * 6)} |" in languages
-    assert "0 (not finite at step 3: loss nan)" in languages and "0 1 | 1 | 1,234 | 500 | 1.5 | abc | M1 |" in languages
+    assert (
+        "0 (not finite at step 3: loss nan)" in languages
+        and "0 1 | 1 | 1,234 | 500 | 1.5 | 180.4 | abc | M1 |" in languages
+    )
     assert "`python -m experiments.formal_languages --models hope`" in languages
     assert "arXiv:2512.24695, Table 5" in languages and "No records yet." in text[text.index("## MAD") :]
     assert "| model | 4 pairs, D 8 | 4 pairs, D 16 |" in text
     assert "- M1: cpu: some processor" in text and rows
-    for name in ("formal_languages", "mqar", "mqar_state"):
+    for name in ("formal_languages", "mqar", "mqar_state", "optimizer_lm", "optimizer_lm_curve"):
         assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](plots/{name}.png)" in text
     assert not (tmp_path / "plots" / "mad.png").exists()
