@@ -9,7 +9,7 @@ the time of its steps; for a comparison at equal time give each optimizer the `-
 (Figure 12) compares times of training only, on models of 140M and 1.3B parameters; it says M3 is slower than Muon and
 on par with AdaMuon.
 
-Cost of 400 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 0.4 (transformer), 1.4 (hope).
+Cost of 400 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 1.2 (transformer), 2.4 (hope).
 """
 
 import dataclasses

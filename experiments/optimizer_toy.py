@@ -15,7 +15,7 @@ orthogonal to it. Shown is how much of the first direction a momentum still hold
 optimizer carries from one task into the next. Momentum must decay to stay finite; delta momentum (S4.1) erases only
 along the gradient it writes, so it may keep everything (alpha = 1) and hold what is orthogonal for ever.
 
-The picture is plots/optimizer_toy.png. A few seconds on one core; the sweep takes a minute.
+The picture is plots/optimizer_toy.png. Five seconds on one core, ten with the sweep (AMD EPYC).
 """
 
 import dataclasses
