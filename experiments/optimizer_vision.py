@@ -187,7 +187,7 @@ def prepare(cell: VisionOptions) -> Job:
         bits = {"bits_train": train_nats / trained, "bits_test": test_nats / tested}
         return {name: float(nats) / math.log(2) for name, nats in bits.items()} | {"accuracy": float(right / tested)}
 
-    column = f"{cell.data}, {cell.steps} steps"
+    column = f"{Path(cell.data).name}, {cell.steps} steps"
     return Job(column, "", config, model, batches, mean_nats, evaluate, cell, row=optimizer, tx=rule(cell))
 
 
