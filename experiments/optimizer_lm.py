@@ -5,9 +5,9 @@
 
 The text is that of `hope train tiny`. The best learning rate of each optimizer is chosen on the held-out text that it
 is reported on, the same way for all. The report draws the curves over steps and over processor time, and a record has
-the time of its steps; for a comparison at equal time give each optimizer the `--steps` that fit into it. The paper
-(Figure 12) compares times of training only, on models of 140M and 1.3B parameters; it says M3 is slower than Muon and
-on par with AdaMuon.
+the time of its steps; for a comparison at equal time give each optimizer the `--steps` that fit into it and all of
+them the same `--column`. The paper (Figure 12) compares times of training only, on models of 140M and 1.3B parameters;
+it says M3 is slower than Muon and on par with AdaMuon.
 
 Cost of 400 steps at the defaults, compilation apart, in minutes of one core (AMD EPYC): 1.2 (transformer), 2.4 (hope).
 """
@@ -30,6 +30,7 @@ class LanguageOptions(ComparisonOptions):
       length: bytes of a window, in training and on held-out text.
       data: the text, "embedded" or a file.
       test_batches: of held-out windows, at most, spread over all of it.
+      column: of the table, for runs that belong together though their steps differ; none = model and steps.
     """
 
     models: tuple[str, ...] = ("hope",)
@@ -40,6 +41,7 @@ class LanguageOptions(ComparisonOptions):
     length: int = 256
     data: str = "embedded"
     test_batches: int = 16
+    column: str | None = None
 
 
 TINY = LanguageOptions(
@@ -67,7 +69,7 @@ def prepare(cell: LanguageOptions) -> Job:
     evaluate = text.evaluation(
         model, corpus.validation, rows=cell.batch_size, length=cell.length, limit=cell.test_batches
     )
-    column = f"{name}, {cell.steps} steps"
+    column = cell.column or f"{name}, {cell.steps} steps"
     return Job(column, "", config, model, batches, cross_entropy, evaluate, cell, row=optimizer, tx=rule(cell))
 
 
