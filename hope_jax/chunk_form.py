@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hope_jax.placement import placed_delta_rule
 from hope_jax.types import Linear, Params
-from hope_kernels import DeltaRuleOutput, delta_rule
+from hope_kernels import DeltaRuleOutput
 
 type Read = Literal["start", "before", "after"]
 type Gates = Mapping[str, Any]
@@ -92,8 +93,9 @@ def run(
 ) -> DeltaRuleOutput:
     """Run one matrix' recurrence over a chunk: (reads [..., C, V] or None, state, momentum).
 
-    The leading axes, whatever they are, are the heads of one kernel call. Tokens whose `mask` [..., C] is False leave
-    state and momentum as they are.
+    The leading axes, whatever they are, are the heads of one kernel call, the last of them outermost: it is the one
+    that a mesh divides (`placement.by_head`), and a divided axis can only be merged from the front. Tokens whose
+    `mask` [..., C] is False leave state and momentum as they are.
     """
     leading = state.shape[:-2]
 
@@ -102,17 +104,25 @@ def run(
         if x is None:
             return None
         tail = x.shape[x.ndim - trailing - 1 :]
-        x = jnp.broadcast_to(x, (*leading, *tail)).reshape(1, -1, *tail)
+        x = outermost(jnp.broadcast_to(x, (*leading, *tail))).reshape(1, -1, *tail)
         return jnp.swapaxes(x, 1, 2)
 
-    def states(x: jax.Array | None) -> Any:
-        return None if x is None else x.reshape(1, -1, *x.shape[-2:])
+    def outermost(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, len(leading) - 1, 0) if leading else x
 
-    out = delta_rule(
-        heads(query, 1),
-        heads(rec.key, 1),
-        heads(rec.write, 1),
-        heads(rec.erase, 0),
+    def apart(x: jax.Array) -> jax.Array:
+        """The heads as leading axes again."""
+        split = x.reshape(*leading[-1:], *leading[:-1], *x.shape[1:])
+        return jnp.moveaxis(split, 0, len(leading) - 1) if leading else split[0]
+
+    def states(x: jax.Array | None) -> Any:
+        return None if x is None else outermost(x).reshape(1, -1, *x.shape[-2:])
+
+    out = placed_delta_rule(
+        q=heads(query, 1),
+        k=heads(rec.key, 1),
+        u=heads(rec.write, 1),
+        eta=heads(rec.erase, 0),
         log_alpha=heads(rec.log_alpha, 0),
         log_mu=heads(rec.log_mu, 0),
         mask=heads(mask, 0),
@@ -120,9 +130,9 @@ def run(
         initial_momentum=states(momentum),
         read=read,
     )
-    y = None if out.y is None else jnp.swapaxes(out.y, 1, 2).reshape(*leading, -1, out.y.shape[-1])
-    z = None if out.momentum is None else out.momentum.reshape(state.shape)
-    return DeltaRuleOutput(y, out.state.reshape(state.shape), z)
+    y = None if out.y is None else apart(jnp.swapaxes(out.y, 1, 2)[0])
+    z = None if out.momentum is None else apart(out.momentum[0])
+    return DeltaRuleOutput(y, apart(out.state[0]), z)
 
 
 def run_tree(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hope_jax.gates import Gates, no_gates
+from hope_jax.placement import by_head
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.types import Nest, NestState, Params, Tokens
 
@@ -146,6 +147,7 @@ def memory_layer(
         tails, tokens = projections(params, state.tails, r_TD, mask_T)
         if adjust is not None:
             tokens = adjust(params.get("adjust", {}), tokens)
+        tokens = jax.tree.map(lambda x: by_head(x, 1) if x.ndim > 1 else x, tokens)
         inner, y_THV = memory.apply(state.nest, tokens, phase)
         if skip:
             y_THV = y_THV + params["skip"].astype(y_THV.dtype)[None, :, None] * tokens.value.astype(y_THV.dtype)

@@ -19,6 +19,7 @@ from hope_jax.levels import level
 from hope_jax.memories import linear_memory, mlp_memory
 from hope_jax.nesting import nest
 from hope_jax.objectives import huber_norm, l2_regression
+from hope_jax.placement import by_head
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.transforms import dgd
 from hope_jax.types import Linear, Memory, Nest, NestState, Objective, Params, Write
@@ -248,7 +249,8 @@ def _static_elements(config: SelfModifyingConfig, params: Params, r_TD: jax.Arra
     heads = (r_TD.shape[0], config.heads, config.head_width)
     mixed = r_TD @ params["in_proj"] if "in_proj" in params else r_TD
     tokens = {"x": mixed.reshape(heads) * config.head_width**-0.5}
-    return tokens | {name: (r_TD @ w).reshape(heads) for name, w in params["static"].items()}
+    tokens |= {name: (r_TD @ w).reshape(heads) for name, w in params["static"].items()}
+    return {name: by_head(x, 1) for name, x in tokens.items()}
 
 
 def _error(config: SelfModifyingConfig, memory: Memory, params: Params):

@@ -1,11 +1,13 @@
 """What surrounds the sequence layer of every recurrent block: a norm per head, an output gate, a map out (spec 8.1)."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hope_jax.placement import batch_axes
 from hope_jax.sequence_layer import SequenceLayer
 
 from .norm import RMSNorm
@@ -50,14 +52,14 @@ class Mixer(nnx.Module):
         self, r_BTD: jax.Array, state: Any, *, phase: int | None, mask_BT: jax.Array | None
     ) -> tuple[Any, jax.Array]:
         """Read and write the memories of each row; padding enters as zeros and writes nothing."""
-        params = self._memory()
+        params, rows = self._memory(), partial(jax.vmap, spmd_axis_name=batch_axes())
         if mask_BT is None:
-            state, a_BTD = jax.vmap(lambda s, r: self.layer.apply(params, s, r, phase=phase))(state, r_BTD)
+            apply = rows(lambda s, r: self.layer.apply(params, s, r, phase=phase))
+            state, a_BTD = apply(state, r_BTD)
         else:
             r_BTD = jnp.where(mask_BT[:, :, None], r_BTD, 0)
-            state, a_BTD = jax.vmap(lambda s, r, m: self.layer.apply(params, s, r, phase=phase, mask_T=m))(
-                state, r_BTD, mask_BT
-            )
+            apply = rows(lambda s, r, m: self.layer.apply(params, s, r, phase=phase, mask_T=m))
+            state, a_BTD = apply(state, r_BTD, mask_BT)
         y_BTD = a_BTD.astype(r_BTD.dtype)
         if hasattr(self, "head_norm"):
             y_BTD = self.head_norm(y_BTD)

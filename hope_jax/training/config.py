@@ -35,14 +35,15 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The number of devices along each mesh axis; one device is 1 x 1 x 1."""
+    """The number of devices along each mesh axis (`hope_jax/placement.py`); one device is 1 x 1 x 1 x 1."""
 
     data: int = 1  # rows of the batch
     fsdp: int = 1  # rows of the batch, and parameters and optimizer state
     tensor: int = 1  # heads and hidden widths
+    sequence: int = 1  # tokens; inside a memory, heads
 
     def __post_init__(self):
-        _check_positive(self, "data", "fsdp", "tensor")
+        _check_positive(self, "data", "fsdp", "tensor", "sequence")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class TrainConfig:
                 f"a microbatch of {self.microbatch} windows does not divide over "
                 f"mesh.data * mesh.fsdp = {shards} devices; "
                 f"make batch_size a multiple of {shards * self.accumulate}"
+            )
+        if self.seq_len % self.mesh.sequence:
+            raise UserError(
+                f"seq_len={self.seq_len} does not divide over mesh.sequence={self.mesh.sequence} devices; "
+                f"make it a multiple of {self.mesh.sequence}"
             )
         if max(self.beta1, self.beta2) >= 1:
             raise UserError(f"beta1={self.beta1}, beta2={self.beta2}: both must be below 1, for example 0.9 and 0.95")

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hope_jax import placement
 from hope_jax.training.config import MeshConfig
 from hope_jax.training.errors import UserError
 from hope_jax.types import path_string
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(placement.BATCH)
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # the vocabulary over tensor
@@ -40,23 +42,41 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a run, over the first devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a run.
 
-    Axis type Auto on purpose: the compiler places the activations, we place inputs, parameters and state.
+    Axis type Auto on purpose: the compiler places the activations after our hints (`hope_jax/placement.py`), we place
+    inputs, parameters and state.
 
+    Args:
+      config: the size of each axis. Over several slices of TPUs "data" is the axis between them.
+      devices: of all processes, as many as the mesh needs; None takes the first that there are.
     Raises:
-      UserError: there are fewer devices than the mesh needs.
+      UserError: there are fewer devices than the mesh needs, or several slices do not divide "data".
     """
-    shape = (config.data, config.fsdp, config.tensor)
-    needed, devices = math.prod(shape), jax.devices()
+    shape = tuple(getattr(config, name) for name in placement.AXES)
+    needed, devices = math.prod(shape), jax.devices() if devices is None else devices
     if needed > len(devices):
         raise UserError(
-            f"mesh.data={config.data} mesh.fsdp={config.fsdp} mesh.tensor={config.tensor} needs {needed} "
-            f"devices, {len(devices)} visible; make the mesh smaller "
+            f"{_sizes(config)} needs {needed} devices, {len(devices)} visible; make the mesh smaller "
             f"(on a CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual devices)"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+    return Mesh(_arranged(shape, devices[:needed]), placement.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _sizes(config: MeshConfig) -> str:
+    return " ".join(f"mesh.{name}={getattr(config, name)}" for name in placement.AXES)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of this shape, neighbours on a torus beside each other, slices along the first axis."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(f"{slices} slices need mesh.data to be a multiple of {slices}; it is {shape[0]}")
+    inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> P:

@@ -6,7 +6,7 @@ state, metrics = program.train_step(state, tokens)      # donates state, one com
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hope_jax.models import build_lm
+from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
@@ -53,17 +54,25 @@ class Program(NamedTuple):
 
     def put_batch(self, array: np.ndarray) -> jax.Array:
         """A host array with its first axis over the mesh's batch axes."""
-        return jax.device_put(array, NamedSharding(self.mesh, BATCH))
+        return jax.device_put(array, self.batch_sharding)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Rows over the batch axes of the mesh."""
+        return NamedSharding(self.mesh, BATCH)
 
 
-def build_program(config: TrainConfig) -> Program:
+def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
     """Builds model, optimizer, mesh and the jitted functions; nothing is compiled yet.
 
+    Args:
+      config: what to build.
+      devices: see `make_mesh`.
     Raises:
       UserError: the model refuses its config (for example chunk sizes that do not divide), or too few
         devices.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     tx = build_optimizer(config)
     try:
         lm = build_lm(config.model)
@@ -78,13 +87,15 @@ def build_program(config: TrainConfig) -> Program:
         abstract_state=jax.tree.map(_place, shapes, placed),
         init=jax.jit(lambda: init_state(lm, tx, config.seed), out_shardings=placed),
         train_step=jax.jit(
-            make_train_step(lm, tx, config),
+            on_mesh(make_train_step(lm, tx, config), mesh),
             in_shardings=(placed, batch),
             out_shardings=(placed, scalar),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            make_eval_step(lm), in_shardings=(placed.params, batch, batch), out_shardings=(scalar, scalar)
+            on_mesh(make_eval_step(lm), mesh),
+            in_shardings=(placed.params, batch, batch),
+            out_shardings=(scalar, scalar),
         ),
     )
 

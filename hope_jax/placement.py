@@ -1,0 +1,88 @@
+"""Where activations lie on a mesh: the names of its axes, and hints for the compiler.
+
+    data, fsdp    rows of the batch
+    tensor        heads and hidden widths
+    sequence      tokens, between the memories; inside a memory, which reads its tokens in order, heads instead
+
+A memory cannot be divided over its own tokens without waiting, but its heads know nothing of each other: where a layer
+hands its tokens to its memories the compiler exchanges "my tokens of all heads" for "all tokens of my heads" (one
+all-to-all), and back behind them. That is exact for every memory, rule and clock.
+
+The mesh is the one in context (`jax.set_mesh`, `on_mesh`). Without one, or where an axis does not divide what it is to
+divide, every hint leaves its argument alone.
+"""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from hope_kernels import DeltaRuleOutput, delta_rule, delta_rule_sharded
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")
+HEADS = ("tensor", "sequence")
+
+
+def on_mesh[F: Callable[..., Any]](function: F, mesh: Mesh) -> F:
+    """`function`, traced with a mesh in context; it must be jitted with shardings on that mesh."""
+
+    @wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced  # type: ignore[return-value]
+
+
+def by_time(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with the tokens along `axis` divided over "sequence"."""
+    return _hint(x, axis, ("sequence",))
+
+
+def by_head(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with the heads along `axis` divided over "tensor" and "sequence", every token of a head on one device."""
+    return _hint(x, axis, head_axes(x.shape[axis]))
+
+
+def head_axes(heads: int) -> tuple[str, ...]:
+    """The mesh axes that divide so many heads: as many of `HEADS` as go into them; () without a mesh."""
+    mesh = _mesh()
+    for axes in (HEADS, HEADS[:1], HEADS[1:]):
+        if mesh is not None and heads % math.prod(mesh.shape[a] for a in axes) == 0:
+            return axes
+    return ()
+
+
+def batch_axes() -> tuple[str, ...] | None:
+    """The mesh axes of the batch, for `jax.vmap(..., spmd_axis_name=)` over rows; None without a mesh."""
+    return None if _mesh() is None else BATCH
+
+
+def placed_delta_rule(**arrays: Any) -> DeltaRuleOutput:
+    """`delta_rule`, on a mesh divided by heads: the compiler cannot divide a kernel by itself."""
+    mesh = _mesh()
+    axes = head_axes(arrays["k"].shape[2])
+    if mesh is None or not axes:
+        return delta_rule(**arrays)
+    return delta_rule_sharded(mesh=mesh, heads=axes, **arrays)
+
+
+def _mesh() -> Any:
+    """The mesh in context if it is one of ours, has several devices and leaves the placing to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = not mesh.empty and set(AXES) <= set(mesh.axis_names) and mesh.size > 1
+    return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def _hint(x: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
+    mesh = _mesh()
+    if mesh is None or not axes or x.shape[axis] % math.prod(mesh.shape[a] for a in axes):
+        return x
+    spec = [P.UNCONSTRAINED] * x.ndim
+    spec[axis] = axes
+    return jax.lax.with_sharding_constraint(x, P(*spec))

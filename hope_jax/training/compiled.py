@@ -1,0 +1,151 @@
+"""What the compiler makes of a training step on a mesh: bytes per device, operations, communication.
+
+`hope shard-report` asks it of the devices that are there, or virtual ones; `hope aot` of a TPU topology that is not.
+Nothing runs and no array is made.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hope_jax.training.config import TrainConfig
+from hope_jax.training.step import Program, build_program
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+_CALL = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_ARRAY = re.compile(r"([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+
+class Collective(NamedTuple):
+    """Communication of one kind in the compiled step."""
+
+    kind: str  # "all-gather", ...
+    calls: int  # places in the program, one in a loop counted once
+    in_loops: int  # of them inside a loop
+    bytes: int  # that arrive on a device at one pass through all of them
+    largest: str  # the largest result, as "f32[8,64]", and the operation of the model that it serves
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """A compiled step; bytes are per device.
+
+    Attributes:
+      devices: how many, and of which kind.
+      params, opt_state: as they rest between steps.
+      fast_state: of the memories of the rows of one microbatch, float32.
+      batch: tokens.
+      temporary: what the step needs besides: activations, gradients, what is gathered.
+      total: arguments and temporaries, results that are not donated arguments included.
+      collectives: by kind.
+      compile_seconds: lowering and compiling.
+    """
+
+    devices: str
+    params: int
+    opt_state: int
+    fast_state: int
+    batch: int
+    temporary: int
+    total: int
+    collectives: tuple[Collective, ...]
+    compile_seconds: float
+
+
+def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> StepReport:
+    """Compiles the training step of a config and reads what came out.
+
+    Args:
+      config: its mesh says how many devices.
+      devices: those of a topology (`jax.experimental.topologies`); None takes the ones that are there.
+    Raises:
+      UserError: the mesh needs more devices than there are, or the model refuses its config.
+      jax.errors.JaxRuntimeError: the compiler refuses; too little memory says how much is missing.
+    """
+    import time
+
+    program = build_program(config, devices)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8, sharding=program.batch_sharding)
+    began = time.perf_counter()
+    with jax.default_device(program.mesh.devices.flat[0]):  # kernels ask for the chip they are compiled for
+        compiled = program.train_step.lower(program.abstract_state, tokens).compile()
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    first = program.mesh.devices.flat[0]
+    aliased = memory.alias_size_in_bytes
+    return StepReport(
+        devices=f"{program.mesh.size} x {first.device_kind}",
+        params=bytes_per_device(program.abstract_state.params),
+        opt_state=bytes_per_device(program.abstract_state.opt_state),
+        fast_state=fast_state_bytes(config, program),
+        batch=bytes_per_device(tokens),
+        temporary=memory.temp_size_in_bytes,
+        total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - aliased,
+        collectives=tuple(collectives(compiled.as_text() or "")),
+        compile_seconds=seconds,
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of placed shapes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def fast_state_bytes(config: TrainConfig, program: Program) -> int:
+    """Bytes on a device of the memories and caches of its rows of a microbatch, if they divide over the mesh."""
+    state = jax.eval_shape(
+        lambda params: program.lm.init_state(params, config.microbatch), program.abstract_state.params
+    )
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return whole // program.mesh.size
+
+
+def collectives(hlo: str) -> Iterator[Collective]:
+    """The communication in a compiled program, by kind.
+
+    >>> [found] = collectives('%x = f32[8,4]{1,0} all-gather(%y), metadata={op_name="jit(step)/dot"}')
+    >>> found.calls, found.bytes, found.largest
+    (1, 128, 'f32[8,4] of step/dot')
+    """
+    found: dict[str, list[tuple[int, str, bool]]] = {}
+    for line in hlo.splitlines():
+        if call := _CALL.search(line):
+            shapes, kind, started = call.groups()
+            arrays = _ARRAY.findall(shapes)
+            arrays = arrays[-1:] if started else arrays  # (operand, result) of an asynchronous one
+            name = op.group(1) if (op := _OP_NAME.search(line)) else "unknown"
+            size = sum(map(_size, arrays))
+            label = f"{arrays[-1][0]}[{arrays[-1][1]}] of {_short(name)}" if arrays else _short(name)
+            found.setdefault(kind, []).append((size, label, "while/body" in name))
+    for kind in sorted(found):
+        calls = found[kind]
+        yield Collective(
+            kind,
+            calls=len(calls),
+            in_loops=sum(inside for _, _, inside in calls),
+            bytes=sum(size for size, _, _ in calls),
+            largest=max(calls)[1],
+        )
+
+
+def _size(array: tuple[str, str]) -> int:
+    dtype, shape = array
+    return _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+
+
+def _short(name: str) -> str:
+    """The path of an operation without what jax wraps around it."""
+    parts = [
+        part
+        for part in name.split("/")
+        if part not in ("while", "body", "closed_call", "checkpoint", "rematted_computation")
+    ]
+    return re.sub(r"\b\w+\(([\w.]*)\)", r"\1", "/".join(parts[:1] + parts[-2:]))
