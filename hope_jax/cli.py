@@ -1,4 +1,4 @@
-"""The command line: `hope train`, `hope eval`, `hope generate`, `hope bench`.
+"""The command line: `hope train`, `hope eval`, `hope generate`, `hope bench`, `hope shard-report`, `hope aot`.
 
 Only the parsing lives here; each command imports what it needs when it runs, so that help and mistakes answer
 at once.
@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS, describe_presets, preset
+
+if TYPE_CHECKING:
+    from hope_jax.training.config import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -38,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,generate,bench}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{train,eval,generate,bench,shard-report,aot}"
+    )
 
     train = commands.add_parser(
         "train",
@@ -70,7 +75,34 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     generate.set_defaults(function=_generate)
     _add_bench(commands)
+    _add_compiled(commands)
     return parser
+
+
+def _add_compiled(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """The two commands that compile a training step without running it."""
+    shard = commands.add_parser(
+        "shard-report",
+        help="memory and communication of a training step on a mesh: hope shard-report tiny --mesh data=2,fsdp=2",
+        description="Compiles the training step for a mesh of this machine's devices (virtual on a CPU); runs nothing.",
+        allow_abbrev=False,
+    )
+    aot = commands.add_parser(
+        "aot",
+        help="the same for TPUs that are not there: hope aot 350m --topology v5e:4x4 --mesh fsdp=16",
+        description="Compiles the training step for a TPU topology on any machine with the package libtpu.",
+        allow_abbrev=False,
+    )
+    aot.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x4x4, v6e:16x16, tpu7x:4x4x4, ..."
+    )
+    aot.add_argument("--slices", type=int, default=1, metavar="N", help="slices connected by the network (default 1)")
+    for parser, function in ((shard, _shard_report), (aot, _aot)):
+        parser.add_argument("preset", help="see hope train --help")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in hope train")
+        parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="of data, fsdp, tensor, sequence")
+        parser.add_argument("--json", action="store_true", help="print one line of JSON")
+        parser.set_defaults(function=function)
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -142,7 +174,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     # argparse takes positionals in one stretch; key=value after an option is left over.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     strangers = [word for word in rest if word not in overrides]
-    if strangers or (rest and arguments.command != "train"):
+    if strangers or (rest and not hasattr(arguments, "overrides")):
         raise UserError(_stranger((strangers or rest)[0], arguments.command))
     if overrides:
         arguments.overrides += overrides
@@ -154,6 +186,8 @@ def _stranger(word: str, command: str) -> str:
         "train": ["--run", "--resume", "--overwrite", "--versus"],
         "eval": ["--data"],
         "generate": ["--prompt", "--max-bytes", "--temperature", "--top-k", "--seed"],
+        "shard-report": ["--mesh", "--json"],
+        "aot": ["--topology", "--slices", "--mesh", "--json"],
         "bench": [
             *("--list", "--op", "--shape", "--impl", "--mode", "--block-t"),
             *("--repeats", "--json", "--compare", "--plot", "--static"),
@@ -185,6 +219,34 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
         again=again,
     )
     return 0 if finished else EXIT_INTERRUPTED
+
+
+def _on_mesh(arguments: argparse.Namespace) -> "TrainConfig":
+    """The config of a preset with its overrides and `--mesh`."""
+    base = preset(arguments.preset)
+
+    from hope_jax.training.overrides import apply_overrides
+
+    axes = [f"mesh.{part}" for part in arguments.mesh.split(",") if part]
+    return apply_overrides(base, [*arguments.overrides, *axes])
+
+
+def _shard_report(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    from hope_jax.training.shard_report import shard_report
+
+    shard_report(_on_mesh(arguments), arguments.preset, as_json=arguments.json)
+    return 0
+
+
+def _aot(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    config = _on_mesh(arguments)
+
+    from hope_jax.training.shard_report import aot_report
+
+    aot_report(config, arguments.preset, arguments.topology, arguments.slices, as_json=arguments.json)
+    return 0
 
 
 def _eval(arguments: argparse.Namespace, argv: list[str]) -> int:

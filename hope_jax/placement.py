@@ -39,9 +39,21 @@ def on_mesh[F: Callable[..., Any]](function: F, mesh: Mesh) -> F:
     return traced  # type: ignore[return-value]
 
 
-def by_time(x: jax.Array, axis: int) -> jax.Array:
-    """`x` with the tokens along `axis` divided over "sequence"."""
-    return _hint(x, axis, ("sequence",))
+def between_layers(x_BTD: jax.Array) -> jax.Array:
+    """The residual stream: rows over the batch axes, tokens over "sequence", channels whole."""
+    mesh = _mesh()
+    if mesh is None:
+        return x_BTD
+    rows, tokens = (
+        a if x % math.prod(mesh.shape[n] for n in a) == 0 else None
+        for a, x in zip((BATCH, ("sequence",)), x_BTD.shape[:2], strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x_BTD, P(rows, tokens, None))
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """A table whole on every device, however it rests, for looking up rows: the compiler divides no lookup well."""
+    return weight if _mesh() is None else jax.lax.with_sharding_constraint(weight, P())
 
 
 def by_head(x: jax.Array, axis: int) -> jax.Array:
@@ -81,7 +93,8 @@ def _mesh() -> Any:
 
 def _hint(x: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
     mesh = _mesh()
-    if mesh is None or not axes or x.shape[axis] % math.prod(mesh.shape[a] for a in axes):
+    parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in axes)
+    if parts == 1 or x.shape[axis] % parts:
         return x
     spec = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = axes

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hope_jax.placement import gathered
+
 from .config import ModelConfig
 from .norm import RMSNorm
 from .params import normal
@@ -23,7 +25,7 @@ class Ends(nnx.Module):
 
     def embed(self, token_BT: jax.Array) -> jax.Array:
         """Token vectors in the compute dtype."""
-        x_BTD = self.embedding[...][token_BT]
+        x_BTD = gathered(self.embedding[...])[token_BT]
         return x_BTD.astype(jnp.bfloat16) if self.dtype == "bfloat16" else x_BTD
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

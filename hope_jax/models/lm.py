@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hope_jax.placement import by_time
+from hope_jax.placement import between_layers
 
 from .block import build_block
 from .config import ModelConfig
@@ -70,9 +70,9 @@ def skeleton(config: ModelConfig) -> LM:
         def body(x_BTD, layer):
             weights, layer_state = layer
             layer_state, x_BTD = block(weights, x_BTD, layer_state, phase=phase, mask_BT=mask_BT)
-            return by_time(x_BTD, 1), layer_state
+            return between_layers(x_BTD), layer_state
 
-        x_BTD = by_time(ends(rest, tokens_BT, method="embed"), 1)
+        x_BTD = between_layers(ends(rest, tokens_BT, method="embed"))
         x_BTD, state = jax.lax.scan(body, x_BTD, (params["blocks"], _swap(state)))
         return _swap(state), ends(rest, x_BTD, method="logits")
 

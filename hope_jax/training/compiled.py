@@ -7,19 +7,23 @@ Nothing runs and no array is made.
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hope_jax.training.config import TrainConfig
+from hope_jax.training.config import MeshConfig, TrainConfig
+from hope_jax.training.flops import flops_of
 from hope_jax.training.step import Program, build_program
+from hope_kernels.chips import published
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _CALL = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_WRAPPERS = ("", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "eval_jaxpr", "vmap()")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 
@@ -40,10 +44,14 @@ class StepReport:
     Attributes:
       devices: how many, and of which kind.
       params, opt_state: as they rest between steps.
-      fast_state: of the memories of the rows of one microbatch, float32.
+      fast_state: of the memories and caches of the rows of a microbatch, divided over all devices.
       batch: tokens.
       temporary: what the step needs besides: activations, gradients, what is gathered.
       total: arguments and temporaries, results that are not donated arguments included.
+      available: what a program may use; None where it is not known.
+      model_flops: operations of one step of all devices that the model needs: products of the gradient without
+        recomputation.
+      step_flops: the same with recomputation, as this step does it.
       collectives: by kind.
       compile_seconds: lowering and compiling.
     """
@@ -55,6 +63,9 @@ class StepReport:
     batch: int
     temporary: int
     total: int
+    available: float | None
+    model_flops: float
+    step_flops: float
     collectives: tuple[Collective, ...]
     compile_seconds: float
 
@@ -69,17 +80,16 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> S
       UserError: the mesh needs more devices than there are, or the model refuses its config.
       jax.errors.JaxRuntimeError: the compiler refuses; too little memory says how much is missing.
     """
-    import time
-
     program = build_program(config, devices)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8, sharding=program.batch_sharding)
+    first = program.mesh.devices.flat[0]
     began = time.perf_counter()
-    with jax.default_device(program.mesh.devices.flat[0]):  # kernels ask for the chip they are compiled for
+    with jax.default_device(first):  # kernels ask for the chip they are compiled for
         compiled = program.train_step.lower(program.abstract_state, tokens).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    first = program.mesh.devices.flat[0]
     aliased = memory.alias_size_in_bytes
+    chip = published(first.device_kind)
     return StepReport(
         devices=f"{program.mesh.size} x {first.device_kind}",
         params=bytes_per_device(program.abstract_state.params),
@@ -88,9 +98,20 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> S
         batch=bytes_per_device(tokens),
         temporary=memory.temp_size_in_bytes,
         total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - aliased,
+        available=chip.memory if chip else None,
+        model_flops=step_flops(config, remat="none"),
+        step_flops=step_flops(config, remat=config.model.remat),
         collectives=tuple(collectives(compiled.as_text() or "")),
         compile_seconds=seconds,
     )
+
+
+def step_flops(config: TrainConfig, remat: str) -> float:
+    """Operations in the products of one training step, all rows of it; traced on one device."""
+    config = dataclasses.replace(config, mesh=MeshConfig(), model=dataclasses.replace(config.model, remat=remat))  # type: ignore[arg-type]
+    program = build_program(config)
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
+    return flops_of(program.train_step, program.abstract_state, tokens).products
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -143,9 +164,5 @@ def _size(array: tuple[str, str]) -> int:
 
 def _short(name: str) -> str:
     """The path of an operation without what jax wraps around it."""
-    parts = [
-        part
-        for part in name.split("/")
-        if part not in ("while", "body", "closed_call", "checkpoint", "rematted_computation")
-    ]
-    return re.sub(r"\b\w+\(([\w.]*)\)", r"\1", "/".join(parts[:1] + parts[-2:]))
+    parts = [part for part in name.split("/") if part not in _WRAPPERS]
+    return re.sub(r"\b\w+\(([\w.]*)\)", r"\1", "/".join([*parts[:1], *parts[1:][-2:]]))

@@ -45,6 +45,19 @@ class MeshConfig:
     def __post_init__(self):
         _check_positive(self, "data", "fsdp", "tensor", "sequence")
 
+    @property
+    def size(self) -> int:
+        """How many devices."""
+        return self.data * self.fsdp * self.tensor * self.sequence
+
+    def describe(self) -> str:
+        """As it is written on the command line.
+
+        >>> MeshConfig(data=2, tensor=4).describe()
+        'data=2,fsdp=1,tensor=4,sequence=1'
+        """
+        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -58,14 +58,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     needed, devices = math.prod(shape), jax.devices() if devices is None else devices
     if needed > len(devices):
         raise UserError(
-            f"{_sizes(config)} needs {needed} devices, {len(devices)} visible; make the mesh smaller "
+            f"the mesh {config.describe()} needs {needed} devices, {len(devices)} visible; make the mesh smaller "
             f"(on a CPU, JAX_NUM_CPU_DEVICES={needed} makes virtual devices)"
         )
     return Mesh(_arranged(shape, devices[:needed]), placement.AXES, axis_types=(AxisType.Auto,) * len(shape))
-
-
-def _sizes(config: MeshConfig) -> str:
-    return " ".join(f"mesh.{name}={getattr(config, name)}" for name in placement.AXES)
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

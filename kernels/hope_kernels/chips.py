@@ -21,6 +21,7 @@ class Chip(NamedTuple):
     flops: dict[str, float]  # operations per second by input dtype, full precision of that dtype
     bandwidth: float  # bytes per second to and from the main memory
     measured: bool = False  # in this process, rather than published
+    memory: float | None = None  # bytes of main memory that a program may use, as the compiler's messages give it
 
     def compute_seconds(self, flops: float, dtype: str) -> float | None:
         """The least time for `flops` operations; None where the peak is not known."""
@@ -31,9 +32,10 @@ class Chip(NamedTuple):
         return size / self.bandwidth
 
 
-def _tpu(name: str, bfloat16: float, bandwidth: float) -> Chip:
-    """Rates in TFLOP/s and TB/s; a float32 product at full precision takes six bfloat16 passes."""
-    return Chip(name, {"bfloat16": bfloat16 * 1e12, "float32": bfloat16 * 1e12 / 6}, bandwidth * 1e12)
+def _tpu(name: str, bfloat16: float, bandwidth: float, memory: float) -> Chip:
+    """Rates in TFLOP/s and TB/s, memory in GiB; a float32 product at full precision takes six bfloat16 passes."""
+    rates = {"bfloat16": bfloat16 * 1e12, "float32": bfloat16 * 1e12 / 6}
+    return Chip(name, rates, bandwidth * 1e12, memory=memory * 2**30)
 
 
 def _gpu(name: str, bfloat16: float, float32: float, bandwidth: float) -> Chip:
@@ -42,10 +44,10 @@ def _gpu(name: str, bfloat16: float, float32: float, bandwidth: float) -> Chip:
 
 
 CHIPS = {
-    "v5e": _tpu("TPU v5e", 197, 0.82),
-    "v5p": _tpu("TPU v5p", 459, 2.46),
-    "v6e": _tpu("TPU v6e", 918, 1.64),
-    "tpu7x": _tpu("TPU7x, one of the two devices of a chip", 2307 / 2, 7.4 / 2),
+    "v5e": _tpu("TPU v5e", 197, 0.82, 15.75),
+    "v5p": _tpu("TPU v5p", 459, 2.46, 95.74),
+    "v6e": _tpu("TPU v6e", 918, 1.64, 31.25),
+    "tpu7x": _tpu("TPU7x, one of the two devices of a chip", 2307 / 2, 7.4 / 2, 94.75),
     "a100": _gpu("A100 80GB SXM", 312, 19.5, 2.04),
     "h100-pcie": _gpu("H100 PCIe", 756, 51, 2.04),
     "h100": _gpu("H100 SXM", 989, 67, 3.35),
