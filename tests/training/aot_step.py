@@ -4,21 +4,21 @@ A program of its own: the TPU compiler wants its environment before it is loaded
 what, then "compiled".
 """
 
-import json
 import sys
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from hope_jax.models import ModelConfig, build_lm
+from hope_jax.models import ModelConfig
+from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.optimizer import build_optimizer
-from hope_jax.training.sharding import BATCH, shardings
-from hope_jax.training.step import init_state, make_train_step
-from hope_kernels import aot, explain
+from hope_jax.training.overrides import apply_overrides
+from hope_jax.training.shard_report import topology_devices
+from hope_jax.training.step import build_program, make_train_step
+from hope_kernels import explain
 
-# Heads of 64 that are written every 64 tokens: what `pallas_tpu` takes on a single device.
+# Heads of 64 that are written every 64 tokens: what `pallas_tpu` takes.
 MODEL = ModelConfig(
     name="hope",
     dim=128,
@@ -33,17 +33,14 @@ MODEL = ModelConfig(
 )
 
 
-def main(topology: str, axes: str) -> None:
-    mesh = aot.mesh(topology, json.loads(axes))
-    config = TrainConfig(model=MODEL, steps=20, batch_size=8, seq_len=128, warmup_steps=4)
-    lm, tx = build_lm(MODEL), build_optimizer(config)
-    state = jax.eval_shape(lambda: init_state(lm, tx, 0))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings(state, mesh))
-    tokens = jax.ShapeDtypeStruct((8, 129), jnp.uint8, sharding=NamedSharding(mesh, BATCH))
-    step = make_train_step(lm, tx, config)
-    with jax.default_device(mesh.devices.flat[0]):
-        print(explain(step, state, tokens))
-        jax.jit(step).lower(state, tokens).compile()
+def main(topology: str, *overrides: str) -> None:
+    config = apply_overrides(TrainConfig(model=MODEL, steps=20, batch_size=8, seq_len=128, warmup_steps=4), overrides)
+    program = build_program(config, topology_devices(topology))
+    tokens = jax.ShapeDtypeStruct((8, 129), jnp.uint8, sharding=program.batch_sharding)
+    step = on_mesh(make_train_step(program.lm, build_optimizer(config), config), program.mesh)
+    with jax.default_device(program.mesh.devices.flat[0]):
+        print(explain(step, program.abstract_state, tokens))
+        program.train_step.lower(program.abstract_state, tokens).compile()
     print("compiled")
 
 

@@ -48,11 +48,14 @@ def run(config, steps):
     return np.array(losses), state, program
 
 
-def compare_meshes(name):
+EIGHT = MeshConfig(fsdp=2, tensor=2, sequence=2)
+
+
+def compare_meshes(name, mesh=EIGHT):
     one, _, program = run(config(name), 20)
     assert program.train_step._cache_size() == 1
     assert one[-1] < one[0]
-    eight, state, program = run(config(name, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 20)
+    eight, state, program = run(config(name, mesh=mesh), 20)
     assert program.train_step._cache_size() == 1
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     # The mesh is used: no device holds all of the training state.
@@ -67,9 +70,15 @@ def test_eight_devices_give_the_loss_curve_of_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hope", "hope_attention"])
+@pytest.mark.parametrize("name", ["hope", "hope_attention", "delta_net", "titans"])
 def test_eight_devices_give_the_loss_curve_of_one_for_every_model(name):
     compare_meshes(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 2, "tensor": 2, "sequence": 2}])
+def test_other_meshes_give_the_loss_curve_of_one(axes):
+    compare_meshes("hope", MeshConfig(**axes))
 
 
 def test_accumulation_is_the_gradient_of_the_whole_batch():
