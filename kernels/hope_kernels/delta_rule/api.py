@@ -32,11 +32,17 @@ def _kernel(module: ModuleType, segments: Callable[[Inputs], int] | None = None)
     return Implementation(in_segments(module.forward, segments), cannot_run, module.unsuited)
 
 
+def _undivided(inputs: Inputs, state: State, *, config: Config, **how: Any) -> str | None:
+    """The token loop waits for every token before, on whatever device."""
+    del inputs, state, how
+    return None if config.axis is None else f"a loop over tokens is not divided over the mesh axis {config.axis!r}"
+
+
 IMPLEMENTATIONS = {  # the preferred one first
     "pallas_tpu": _kernel(pallas_tpu),
     "pallas_gpu": _kernel(pallas_gpu, pallas_gpu.segments),
     "xla": Implementation(in_segments(xla.forward)),
-    "reference": Implementation(reference.forward),
+    "reference": Implementation(reference.forward, _undivided),
 }
 READS = ("start", "before", "after")
 PRECISIONS = ("default", "high", "fast")
@@ -135,6 +141,7 @@ def delta_rule(
         options: Any = dict(read=read, scale=scale, precision=precision, implementation=implementation, config=config)
         return divide(partial(delta_rule, **options), division, present)
 
+    axis = None if config is None else config.axis
     dtype = jnp.result_type(k, u) if q is None else jnp.result_type(q, k, u)
     wide = state_dtype(dtype)
     batch, tokens, heads, value_width = u.shape
@@ -151,7 +158,7 @@ def delta_rule(
         log_alpha=None if log_alpha is None else jnp.maximum(log_alpha.astype(wide), LOG_FLOOR),
         log_mu=None if log_mu is None else jnp.maximum(log_mu.astype(wide), LOG_FLOOR),
         mask=None,
-        reset=None if segment_ids is None else _resets(segment_ids, wide),
+        reset=None if segment_ids is None else _resets(segment_ids, wide, axis),
     )
     if mask is not None:
         inputs = _apply_mask(inputs, mask)
@@ -162,26 +169,36 @@ def delta_rule(
         how = {"read": read, "config": config or Config(), "precision": precision}
         y, end = dispatch("delta_rule", IMPLEMENTATIONS, implementation, running, state, **how)
     if inputs.q is not None and read == "start":
-        y = _read_start(inputs.q, inputs, state)
+        y = _read_start(inputs.q, inputs, state, axis)
     elif inputs.q is not None and y is None:
         y = jnp.zeros(u.shape, dtype)
     return DeltaRuleOutput(y, end.s, end.z)
 
 
-def _read_start(q: jax.Array, inputs: Inputs, state: State) -> jax.Array:
+def _read_start(q: jax.Array, inputs: Inputs, state: State, axis: str | None) -> jax.Array:
     """Reads of the initial state [B, T, H, V]: one product, no recurrence. After a reset there is nothing to read."""
     dtype, wide = q.dtype, state.s.dtype
     s = state.s.reshape(state.s.shape[0], inputs.k.shape[2], -1, *state.s.shape[2:])
     y = dot("bthk,bhgkv->bthgv", q, s, dtype, wide).reshape(inputs.u.shape)
     if inputs.reset is not None:
-        y = jnp.where((jnp.cumsum(inputs.reset, axis=1) == 0)[..., None, None], y, 0)
+        resets = jnp.cumsum(inputs.reset, axis=1)
+        if axis is not None:  # and those on the devices before
+            ends = jax.lax.all_gather(resets[:, -1], axis)
+            before = jnp.arange(ends.shape[0]) < jax.lax.axis_index(axis)
+            resets += jnp.where(before[:, None], ends, 0).sum(0)[:, None]
+        y = jnp.where((resets == 0)[..., None, None], y, 0)
     return y.astype(dtype)
 
 
-def _resets(segment_ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """1 where a document begins, except at the first token."""
-    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    return jnp.pad(changes, [(0, 0), (1, 0)]).astype(dtype)
+def _resets(segment_ids_BT: jax.Array, dtype: jnp.dtype, axis: str | None) -> jax.Array:
+    """1 where a document begins, except at the first token, which on an axis is that of the first device."""
+    before_B1 = segment_ids_BT[:, :1]
+    if axis is not None:
+        last_B1, devices = segment_ids_BT[:, -1:], jax.lax.axis_size(axis)
+        received_B1 = jax.lax.ppermute(last_B1, axis, [(i, i + 1) for i in range(devices - 1)])
+        before_B1 = jnp.where(jax.lax.axis_index(axis) == 0, before_B1, received_B1)
+    before_BT = jnp.concatenate([before_B1, segment_ids_BT[:, :-1]], axis=1)
+    return (segment_ids_BT != before_BT).astype(dtype)
 
 
 def _start(given: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -21,11 +21,12 @@ type Axes = str | Sequence[str] | None
 
 
 class Division(NamedTuple):
-    """Which axes of a mesh divide the batch entries and the heads of a call."""
+    """Which axes of a mesh divide the batch entries, the heads and the tokens of a call."""
 
     mesh: Any  # Mesh or AbstractMesh
     batch: Axes
     heads: Axes
+    sequence: str | None = None
 
 
 def undividable(arrays: Any) -> str | None:
@@ -54,16 +55,18 @@ def division_by_type(arrays: dict[str, jax.Array]) -> Division | None:
 def divide(
     function: Callable[..., DeltaRuleOutput], division: Division, arrays: dict[str, jax.Array]
 ) -> DeltaRuleOutput:
-    """`function(**arrays)` on each device for its own batch entries and heads, whole sequences.
+    """`function(**arrays)` on each device for its own batch entries, heads and tokens.
 
     Raises:
         ValueError: an axis that does not exist, or one that does not divide what it is to divide.
     """
-    mesh, batch, heads = division
-    _check_divisible(mesh, "batch", batch, arrays["k"].shape[0])
-    _check_divisible(mesh, "heads", heads, arrays["k"].shape[2])
-    time, state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
-    specs = {n: time if n in _TIME else state if n in _STATE else PartitionSpec(batch) for n in arrays}
+    mesh, batch, heads, sequence = division
+    for name, axes, size in zip(
+        ("batch", "sequence", "heads"), (batch, sequence, heads), arrays["k"].shape, strict=False
+    ):
+        _check_divisible(mesh, name, axes, size)
+    time, state = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, heads)
+    specs = {n: time if n in _TIME else state if n in _STATE else PartitionSpec(batch, sequence) for n in arrays}
     if AxisType.Explicit in mesh.axis_types:
         arrays = {n: jax.sharding.reshard(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
     out: Any = (time if "q" in arrays else None, state, state if "log_mu" in arrays else None)
@@ -84,5 +87,5 @@ def _check_divisible(mesh: Any, name: str, axes: Axes, size: int) -> None:
             raise ValueError(f"{name}: the mesh has no axis {axis!r}; it has {', '.join(mesh.axis_names)}")
         parts *= mesh.shape[axis]
     if size % parts:
-        what = "batch entries" if name == "batch" else "key heads"
+        what = {"batch": "batch entries", "sequence": "tokens", "heads": "key heads"}[name]
         raise ValueError(f"{name}={axes!r} divides by {parts}, which does not divide the {size} {what}")

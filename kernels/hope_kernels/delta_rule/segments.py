@@ -5,6 +5,9 @@ B: what is written goes into columns that start at zero, and the identity goes t
 nothing is written. Handing the first state through the maps gives every segment its own start, and a second run takes
 the segments as batch entries. The gradient goes the same way backwards, with the transposes of M; the first run is not
 differentiated. With momentum, state and momentum are one state of 2K rows.
+
+The segments may lie on the devices of a mesh axis (`config.axis`): the maps are gathered and not the tokens, K (K + V)
+numbers per head and segment, and every device hands the state through all of them.
 """
 
 from collections.abc import Callable
@@ -32,39 +35,45 @@ def in_segments(forward: Callable[..., Any], choose: Callable[[Inputs], int] | N
         whole = partial(forward, read=read, config=config, precision=precision)
         tokens = inputs.k.shape[1]
         segments = min(config.segments or (choose(inputs) if choose else 1), tokens)
-        if segments == 1:
+        if segments == 1 and config.axis is None:
             return whole(inputs, state)
-        result: Any = _side_by_side(whole, tiles(inputs, -(-tokens // segments)), state)
+        result: Any = _side_by_side(whole, config.axis, tiles(inputs, -(-tokens // segments)), state)
         y, end = result
         return None if y is None else join(y, tokens), end
 
     return run
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _side_by_side(run: Run, inputs: Inputs, state: State) -> tuple[Reads, State]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _side_by_side(run: Run, axis: str | None, inputs: Inputs, state: State) -> tuple[Reads, State]:
     """Reads and the last state; inputs [N, B, L, H, ...], states [B, H, K, V]."""
-    return _forward(run, inputs, state)[0]
+    return _forward(run, axis, inputs, state)[0]
 
 
-def _forward(run: Run, inputs: Inputs, state: State):
+def _forward(run: Run, axis: str | None, inputs: Inputs, state: State):
     maps, shifts = _affine_maps(run, inputs, state)
-    maps, starts = checkpoint_name((maps, _hand_through(_stacked(state), maps, shifts)), STATES)
+    maps, starts = checkpoint_name((maps, _hand_through(_stacked(state), maps, shifts, axis)), STATES)
     (y, ends), pullback = jax.vjp(partial(_as_batch, run), inputs, _unstacked(starts, state))
-    return (y, jax.tree.map(lambda x: x[-1], ends)), (pullback, maps)
+    last = jax.tree.map(lambda x: x[-1], ends)
+    if axis is not None:  # that of the last device, on all of them
+        last = _only_of(jax.lax.axis_size(axis) - 1, last, axis)
+        last = jax.tree.map(partial(jax.lax.psum, axis_name=axis), last)
+    return (y, last), (pullback, maps)
 
 
-def _backward(run: Run, saved: tuple[Any, jax.Array], cotangents: tuple[Reads, State]):
+def _backward(run: Run, axis: str | None, saved: tuple[Any, jax.Array], cotangents: tuple[Reads, State]):
     del run
     pullback, maps = saved
     dy, d_last = cotangents
+    if axis is not None:  # every device holds a share of the cotangent of what all of them returned
+        d_last = jax.tree.map(partial(jax.lax.psum, axis_name=axis), d_last)
     from_reads = jax.tree.map(lambda x: jnp.zeros((maps.shape[0], *x.shape), x.dtype), d_last)
     if dy is not None:
         from_reads = pullback((dy, from_reads))[1]
-    backwards = jnp.swapaxes(maps, -1, -2)[::-1]
-    d_ends = _hand_through(_stacked(d_last), backwards, _stacked(from_reads)[::-1])[::-1]
+    d_ends = _hand_through(_stacked(d_last), jnp.swapaxes(maps, -1, -2), _stacked(from_reads), axis, backwards=True)
     d_inputs, d_starts = pullback((dy, _unstacked(d_ends, d_last)))
-    return d_inputs, jax.tree.map(lambda x: x[0], d_starts)
+    d_first = jax.tree.map(lambda x: x[0], d_starts)
+    return d_inputs, d_first if axis is None else _only_of(0, d_first, axis)
 
 
 _side_by_side.defvjp(_forward, _backward)
@@ -83,9 +92,34 @@ def _affine_maps(run: Run, inputs: Inputs, state: State) -> tuple[jax.Array, jax
     return ends[..., value_width:], ends[..., :value_width]
 
 
-def _hand_through(first: jax.Array, maps: jax.Array, shifts: jax.Array) -> jax.Array:
-    """The state before each of N maps, [N, B, H, K, V], the first one given; the last map is not needed."""
+def _hand_through(
+    first: jax.Array, maps: jax.Array, shifts: jax.Array, axis: str | None = None, backwards: bool = False
+) -> jax.Array:
+    """The state before each of N maps, [N, B, H, K, V], the first one given; the last map is not needed.
 
+    With an `axis` the N maps are those of this device, and the others' come before and after them. Backwards, the first
+    state is that before the last map.
+    """
+    count = maps.shape[0]
+    if axis is not None:
+        maps, shifts = (jax.lax.all_gather(x, axis, tiled=True) for x in (maps, shifts))
+    if backwards:
+        maps, shifts = maps[::-1], shifts[::-1]
+    states = _states_before(first, maps, shifts)
+    if backwards:
+        states = states[::-1]
+    if axis is None:
+        return states
+    return jax.lax.dynamic_slice_in_dim(states, jax.lax.axis_index(axis) * count, count)
+
+
+def _only_of(device: int, tree: Any, axis: str) -> Any:
+    """`tree` on one device of an axis, zeros on the others."""
+    mine = jax.lax.axis_index(axis) == device
+    return jax.tree.map(lambda x: jnp.where(mine, x, jnp.zeros_like(x)), tree)
+
+
+def _states_before(first: jax.Array, maps: jax.Array, shifts: jax.Array) -> jax.Array:
     def after(earlier, later):
         (m, b), (next_m, next_b) = earlier, later
         product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
