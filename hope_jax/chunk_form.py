@@ -113,7 +113,7 @@ def run(
     def apart(x: jax.Array) -> jax.Array:
         """The heads as leading axes again."""
         split = x.reshape(*leading[-1:], *leading[:-1], *x.shape[1:])
-        return jnp.moveaxis(split, 0, len(leading) - 1) if leading else split[0]
+        return jnp.moveaxis(split, 0, len(leading) - 1) if leading else split
 
     def states(x: jax.Array | None) -> Any:
         return None if x is None else outermost(x).reshape(1, -1, *x.shape[-2:])
