@@ -17,16 +17,14 @@ from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.load import load_run
 from hope_jax.training.loop import train
-from hope_jax.training.metrics import MetricsWriter, read_metrics
+from hope_jax.training.metrics import TIMED, MetricsWriter, read_metrics
 from hope_jax.training.progress import Display
 from hope_jax.training.versus import opponent
 
 
 def records(run_dir):
     """metrics.jsonl without what depends on the clock."""
-    return [
-        {key: value for key, value in record.items() if key != "tokens_per_second"} for record in read_metrics(run_dir)
-    ]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in read_metrics(run_dir)]
 
 
 def assert_same_state(a, b):
@@ -53,7 +51,7 @@ def interrupt_at(monkeypatch, step):
 
 def test_run_directory(whole):
     names = {path.name.partition(".tfevents")[0] for path in whole.run_dir.iterdir()}
-    assert names == {"config.yaml", "corpus.json", "metrics.jsonl", "events.out", "loss.png", "ckpt"}
+    assert names == {"config.yaml", "corpus.json", "metrics.jsonl", "events.out", "goodput.json", "loss.png", "ckpt"}
     assert sorted(path.name for path in (whole.run_dir / "ckpt").iterdir()) == ["4", "6"]  # the two latest
     assert (whole.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(whole.run_dir.rglob("*.pkl"))
@@ -62,7 +60,8 @@ def test_run_directory(whole):
 def test_records(whole, small):
     training = [record for record in records(whole.run_dir) if "loss" in record]
     assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
-    keys = {"step", "loss", "bits_per_byte", "grad_norm", "learning_rate"}
+    keys = {"step", "loss", "bits_per_byte", "grad_norm", "update_norm", "params_norm", "learning_rate"}
+    keys |= {"rest/update_norm", "rest/steps_since_update"}
     assert all(set(record) == keys for record in training)
     assert training[0]["bits_per_byte"] == pytest.approx(8, rel=0.1)  # nothing is known yet
     evaluations = {r["step"]: r["validation_bits_per_byte"] for r in records(whole.run_dir) if "loss" not in r}
@@ -325,21 +324,24 @@ def test_opponent_has_as_many_parameters(small):
         opponent(small, small.model.name)
 
 
+RECORD = {"loss": 1.0, "bits_per_byte": 1.443, "tokens_per_second": 12_345.6}
+
+
 def test_display_says_the_numbers_without_a_terminal():
     console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file, Display(console, "hope", steps=100) as display:
         for step in range(1, 101):
-            display.update(step, 1.0, 1.443, 12_345.6)
+            display.update(step, {**RECORD, "mfu": 0.1234})
             time.sleep(0)
     lines = console.export_text().splitlines()
     assert len(lines) == 20
-    assert lines[-1] == "hope step 100/100  loss 1.000  1.443 bits/byte  12,346 tokens/s"
+    assert lines[-1] == "hope step 100/100  loss 1.000  1.443 bits/byte  12,346 tokens/s  MFU 12.3%"
 
 
 def test_display_on_a_terminal_shows_what_is_left():
     console = Console(record=True, width=160, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file, Display(console, "hope", steps=100) as display:
-        display.update(40, 1.0, 1.443, 12_345.6)
+        display.update(40, RECORD)
         display._progress.refresh()
     shown = console.export_text()
     assert "40/100" in shown and "1.443 bits/byte" in shown and "left" in shown
