@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GOODPUT_FILE = "goodput.json"
-CATEGORIES = ("step", "compile", "eval", "save", "restore", "other")
+CATEGORIES: tuple[str, ...] = ("step", "compile", "eval", "save", "restore", "other")
 WRITE_EVERY = 5.0  # seconds
 
 

@@ -27,6 +27,7 @@ from hope_jax.training.profile import PROFILE
 CORPUS_FILE = "corpus.json"
 BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
+WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
 
 
@@ -94,7 +95,7 @@ def remove_run(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
-    for directory in (CHECKPOINTS, PROFILE):
+    for directory in (CHECKPOINTS, PROFILE, WANDB):
         shutil.rmtree(run_dir / directory, ignore_errors=True)
     for other in (run_dir / VERSUS).glob("*"):
         remove_run(other)

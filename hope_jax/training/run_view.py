@@ -120,7 +120,7 @@ def duration(seconds: float) -> str:
     """A time in the units that a person would use.
 
     >>> duration(0.0123), duration(75), duration(3700), duration(200_000)
-    ('12.3 ms', '1 min 15 s', '1 h 2 min', '2 d 8 h')
+    ('12.3 ms', '1 min 15 s', '1 h 1 min', '2 d 7 h')
     """
     if seconds < 1:
         return f"{1000 * seconds:.1f} ms"

@@ -76,14 +76,14 @@ def sparkline(values: list[float], width: int) -> str:
     """A line of bars, each the mean of as many values as it stands for.
 
     >>> sparkline([3.0, 2.0, 1.0, 0.0], 4), sparkline([1.0, 1.0], 9), sparkline([], 9)
-    ('█▅▃▁', '▁▁', '')
+    ('█▆▃▁', '▁▁', '')
     """
     if not values:
         return ""
     means = np.array([part.mean() for part in np.array_split(np.array(values), min(width, len(values)))])
     spread = means.max() - means.min()
     heights = (means - means.min()) / spread if spread > 0 else np.zeros_like(means)
-    return "".join(BARS[int(np.ceil(height * (len(BARS) - 1) - 0.5))] for height in heights)
+    return "".join(BARS[int(height * (len(BARS) - 1) + 0.5)] for height in heights)
 
 
 def _losses(view: View, width: int) -> Table:

@@ -1,5 +1,7 @@
 """Operations counted on the jaxpr: by hand, against XLA's count, and against 6 N T + attention."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -103,7 +105,8 @@ def small(name):
 
 
 def xla_count(function, *args):
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    found: Any = jax.jit(function).lower(*args).compile().cost_analysis()
+    return found["flops"]
 
 
 @pytest.mark.parametrize("name", ["transformer", "hope_attention", pytest.param("hope", marks=pytest.mark.slow)])

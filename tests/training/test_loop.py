@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import signal
+import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,10 +18,14 @@ from hope_jax.training.config import MeshConfig, read_config, write_config
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
+from hope_jax.training.goodput import read_goodput
 from hope_jax.training.load import load_run
 from hope_jax.training.loop import train
 from hope_jax.training.metrics import TIMED, MetricsWriter, read_metrics
+from hope_jax.training.profile import Steps
 from hope_jax.training.progress import Display
+from hope_jax.training.run_dir import remove_run
+from hope_jax.training.utilisation import model_flops
 from hope_jax.training.versus import opponent
 
 
@@ -67,6 +74,64 @@ def test_records(whole, small):
     evaluations = {r["step"]: r["validation_bits_per_byte"] for r in records(whole.run_dir) if "loss" not in r}
     assert set(evaluations) == {3, 6}
     assert evaluations[6] == whole.validation_bpb < evaluations[3]
+
+
+def test_the_machine_is_in_the_records_and_the_time_in_the_categories(whole):
+    records = read_metrics(whole.run_dir)
+    training = [record for record in records if "loss" in record]
+    assert TIMED - set().union(*training) == {"mfu", "device_memory_bytes"}  # unknown on a CPU
+    assert all(np.diff([record["seconds"] for record in records]) > 0)
+    evaluations = [record for record in records if "loss" not in record]
+    assert all(record["rest/distance"] > 0 and record["seconds"] > 0 for record in evaluations)
+    (found,) = read_goodput(whole.run_dir)
+    assert found.finished and (found.first_step, found.last_step) == (0, 6)
+    assert all(found.seconds[name] > 0 for name in ("step", "compile", "eval", "save", "other"))
+    assert sum(found.seconds.values()) == pytest.approx(found.until - found.began, rel=0.01)
+
+
+def test_the_mfu_where_the_peak_is_known(small, tmp_path):
+    """A peak that makes the numbers readable: the share is the least time over the median time."""
+    config = dataclasses.replace(
+        small, steps=4, eval_every=9, checkpoint_every=9, final_eval_batches=1, peak_flops=1e12
+    )
+    train(config, tmp_path / "run")
+    last = [record for record in read_metrics(tmp_path / "run") if "mfu" in record][-1]
+    assert last["mfu"] * last["step_seconds"] == pytest.approx(model_flops(config).products / 1e12)
+    recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+    assert model_flops(recomputed) == model_flops(config)
+    assert model_flops(dataclasses.replace(config, accumulate=2)).products == model_flops(config).products
+
+
+def test_a_trace_of_two_steps(small, tmp_path):
+    config = dataclasses.replace(small, steps=3, final_eval_batches=1)
+    train(config, tmp_path / "run", profile=Steps(2, 3))
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    with pytest.raises(UserError, match=r"takes steps 4 to 5; for example --profile 4:5"):
+        train(dataclasses.replace(config, steps=5), tmp_path / "run", resume=True, profile=Steps(3, 4))
+    with pytest.raises(UserError, match="at step 3 already; give a larger steps"):
+        train(config, tmp_path / "run", resume=True, profile=Steps(3, 3))
+    remove_run(tmp_path / "run")
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_weights_and_biases_gets_the_records_too(small, tmp_path, monkeypatch):
+    """A module in its place: the package is not a dependency."""
+    begun, logged = [], []
+    run = SimpleNamespace(log=lambda values, step: logged.append({"step": step, **values}), finish=lambda: None)
+    fake = ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    fake.init = lambda **options: begun.append(options) or run  # type: ignore[attr-defined]
+    config = dataclasses.replace(small, steps=2, wandb="nested")
+    with pytest.raises(UserError, match=r"wandb=nested needs the package wandb, .*pip install"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(config, tmp_path / "run")
+    assert logged == read_metrics(tmp_path / "run")
+    train(dataclasses.replace(config, steps=3), tmp_path / "run", resume=True)
+    assert [options["id"] for options in begun] == 2 * [begun[0]["id"]]
+    assert begun[0]["project"] == "nested" and begun[0]["config"]["steps"] == 2
 
 
 def test_config_of_a_run_names_its_schedule(whole, small):
