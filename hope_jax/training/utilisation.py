@@ -2,7 +2,8 @@
 
 It is the matrix products that the forward and the backward pass of the model need, without recomputation and without
 the optimizer, per second, over the published peak of the devices in bfloat16 (as in PaLM, arXiv:2204.02311).
-Elementwise work, which no matrix unit does, does not raise it.
+Elementwise work, which no matrix unit does, does not raise it, and neither does a kernel that takes more products than
+the XLA form of its operation: the model is counted in that form, on every machine.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from hope_kernels.chips import published
 def model_flops(config: TrainConfig) -> Flops:
     """Operations that a step's forward and backward pass need, over all devices; `remat` makes no difference.
 
-    What the hardware does, recomputation and optimizer included, is `flops_of(program.train_step, state, tokens)`.
+    What the hardware does, with its kernels, recomputation and optimizer, is
+    `flops_of(program.train_step, state, tokens)`.
 
     Raises:
       ValueError: see `flops_of`.
@@ -31,7 +33,16 @@ def model_flops(config: TrainConfig) -> Flops:
     params = jax.eval_shape(lm.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((config.microbatch, config.seq_len + 1), jnp.uint8)
     gradient = jax.grad(lambda params, tokens: token_losses(lm, params, tokens).mean())
-    return Flops().plus(flops_of(gradient, params, tokens), config.accumulate)
+    with jax.default_device(_without_kernels()):
+        return Flops().plus(flops_of(gradient, params, tokens), config.accumulate)
+
+
+def _without_kernels() -> Any:
+    """A device that no kernel is written for; None, jax's choice, if this process is kept from using its CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def peak_flops(config: TrainConfig, devices: Sequence[Any]) -> float | None:
@@ -48,7 +59,6 @@ def seconds_at_peak(config: TrainConfig, devices: Sequence[Any]) -> float | None
     if peak is None:
         return None
     try:
-        with jax.default_device(devices[0]):
-            return model_flops(config).products / peak
+        return model_flops(config).products / peak
     except ValueError:  # a loop that only the data end
         return None
