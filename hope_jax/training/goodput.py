@@ -8,10 +8,12 @@ is the share of "step" in the sum of all of them.
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hope_jax.training.metrics import read_metrics
 
 GOODPUT_FILE = "goodput.json"
 CATEGORIES: tuple[str, ...] = ("step", "compile", "eval", "save", "restore", "other")
@@ -71,6 +73,21 @@ def summarize(incarnations: Sequence[Incarnation]) -> Summary:
     return Summary(seconds)
 
 
+def brought_up_to_date(incarnations: list[Incarnation], records: Sequence[Mapping[str, float]]) -> list[Incarnation]:
+    """The incarnations, with the steps of the last one that its metrics.jsonl knows of and the file does not yet.
+
+    The file is written every few seconds, and a process that is killed does not write it once more.
+    """
+    record = next((record for record in reversed(records) if "seconds" in record), None)
+    if not incarnations or record is None or record["step"] <= incarnations[-1].last_step:
+        return incarnations
+    *earlier, last = incarnations
+    more = max(record["seconds"] - sum(sum(row.seconds.values()) for row in incarnations), 0.0)
+    seconds = last.seconds | {"step": last.seconds.get("step", 0.0) + more}
+    last = last._replace(last_step=int(record["step"]), until=last.until + more, seconds=seconds)
+    return [*earlier, last]
+
+
 class Clock:
     """Accounts for the time of this process, from its making on.
 
@@ -112,19 +129,21 @@ class Clock:
                 self._write()
 
     @contextmanager
-    def keep(self, run_dir: Path) -> Iterator[None]:
-        """Inside, RUN/goodput.json is kept up to date; at the end it says whether the run is `finished`."""
-        self._earlier = read_goodput(run_dir)
+    def keep(self, run_dir: Path, step: int = 0) -> Iterator[None]:
+        """Inside, RUN/goodput.json is kept up to date; at the end it says whether the run is `finished`.
+
+        Args:
+          run_dir: an existing directory.
+          step: that this process continues from.
+        """
+        self._steps = (step, step)
+        self._earlier = brought_up_to_date(read_goodput(run_dir), read_metrics(run_dir))
         self._path = run_dir / GOODPUT_FILE
         self._write()
         try:
             yield
         finally:
             self._write("ended")
-
-    def start_at(self, step: int) -> None:
-        """The step that this process continues from."""
-        self._steps = (step, step)
 
     def step(self, step: int) -> None:
         """A step is done."""

@@ -88,13 +88,12 @@ def train(
     claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
     with (
-        clock.keep(run_dir),
+        clock.keep(run_dir, saved or 0),
         Interruption() as interruption,
         Checkpoints(run_dir, config.keep_checkpoints) as checkpoints,
     ):
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
         start = int(state.step)
-        clock.start_at(start)
         with clock.doing("compile"):
             telemetry = Telemetry(config, clock, seconds_at_peak(config, list(program.mesh.devices.flat)))
         label = config.model.name

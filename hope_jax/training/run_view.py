@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hope_jax.training.checkpoint import saved_step
 from hope_jax.training.config import CONFIG_FILE, TrainConfig, read_config
 from hope_jax.training.errors import UserError
-from hope_jax.training.goodput import Incarnation, Summary, read_goodput, summarize
+from hope_jax.training.goodput import Incarnation, Summary, brought_up_to_date, read_goodput, summarize
 from hope_jax.training.metrics import METRICS_FILE, parse_records
 from hope_jax.training.telemetry import UPDATE_NORM
 
@@ -96,7 +96,7 @@ class Reader:
                 raise
             return None  # removed this moment
         self._catch_up()
-        incarnations, saved = read_goodput(self.run_dir), saved_step(self.run_dir)
+        incarnations, saved = brought_up_to_date(read_goodput(self.run_dir), self._records), saved_step(self.run_dir)
         return View(self.run_dir, config, self._records, incarnations, saved, time.time())
 
     def _catch_up(self) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hope_jax.training import goodput
-from hope_jax.training.goodput import CATEGORIES, Clock, Incarnation, read_goodput, summarize
+from hope_jax.training.goodput import CATEGORIES, Clock, Incarnation, brought_up_to_date, read_goodput, summarize
 
 
 @pytest.fixture
@@ -64,13 +64,21 @@ def test_the_time_between_a_finished_run_and_a_longer_one_is_nobodys():
     assert summarize([]).goodput == 0
 
 
+def test_a_killed_process_is_known_by_its_last_record():
+    rows = [incarnation(0, 0, 4, step=8, compile=2), incarnation(20, 4, 6, step=4)]
+    first, second = brought_up_to_date(rows, [{"step": 8, "seconds": 18.5}, {"step": 8}])
+    assert first == rows[0]
+    assert (second.last_step, second.until, second.seconds) == (8, 28.5, {"step": 8.5})
+    assert brought_up_to_date(rows, [{"step": 6, "seconds": 99}]) == rows
+    assert brought_up_to_date([], [{"step": 6, "seconds": 99}]) == []
+
+
 def test_the_file_says_what_goes_on_and_survives_damage(tmp_path, wait):
     clock = Clock()
-    with clock.keep(tmp_path):
+    with clock.keep(tmp_path, 3):
         wait(7)
         with clock.doing("compile"):
             assert read_goodput(tmp_path)[-1].doing == "compile"
-        clock.start_at(3)
         clock.step(4)
         clock.finished = True
     wait(20)
