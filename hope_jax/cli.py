@@ -1,4 +1,4 @@
-"""The command line: `hope train`, `hope eval`, `hope generate`, `hope bench`, `hope shard-report`, `hope aot`.
+"""The command line: `hope train`, `hope watch`, `hope plot`, `hope eval`, `hope generate`, `hope shard-report`, ...
 
 Only the parsing lives here; each command imports what it needs when it runs, so that help and mistakes answer
 at once.
@@ -8,7 +8,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -41,9 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{train,eval,generate,bench,shard-report,aot}"
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
@@ -59,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
     train.add_argument("--versus", metavar="MODEL", help="also train another architecture with as many parameters")
+    train.add_argument("--profile", metavar="FIRST:LAST", help="write an xprof trace of these steps to RUN/profile")
     train.set_defaults(function=_train)
+    _add_watch(commands)
 
     evaluate = commands.add_parser("eval", help="bits per byte of a run on a text file", allow_abbrev=False)
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, for example runs/tiny")
@@ -103,6 +103,19 @@ def _add_compiled(commands: "argparse._SubParsersAction[_Parser]") -> None:
         parser.add_argument("--mesh", default="", metavar="AXIS=N,...", help="of data, fsdp, tensor, sequence")
         parser.add_argument("--json", action="store_true", help="print one line of JSON")
         parser.set_defaults(function=function)
+
+
+def _add_watch(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    watch = commands.add_parser("watch", help="live view of a running or finished run", allow_abbrev=False)
+    watch.add_argument("run", type=Path, metavar="RUN", help="run directory, for example runs/tiny")
+    watch.add_argument("--once", action="store_true", help="print it once, as it is now")
+    watch.set_defaults(function=_watch)
+
+    plot = commands.add_parser("plot", help="losses of runs in one picture", allow_abbrev=False)
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    plot.add_argument("--out", type=Path, default=Path("runs.png"), metavar="FILE", help="default: runs.png")
+    plot.add_argument("--x", choices=["steps", "tokens", "time"], default="steps", help="over what (default: steps)")
+    plot.set_defaults(function=_plot)
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -183,7 +196,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _stranger(word: str, command: str) -> str:
     flags = {
-        "train": ["--run", "--resume", "--overwrite", "--versus"],
+        "train": ["--run", "--resume", "--overwrite", "--versus", "--profile"],
+        "watch": ["--once"],
+        "plot": ["--out", "--x"],
         "eval": ["--data"],
         "generate": ["--prompt", "--max-bytes", "--temperature", "--top-k", "--seed"],
         "shard-report": ["--mesh", "--json"],
@@ -208,14 +223,16 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     from hope_jax.training.command import run_training
     from hope_jax.training.overrides import apply_overrides
+    from hope_jax.training.profile import parse_steps
 
-    again = command(*(word for word in argv if word not in ("--resume", "--overwrite")), "--resume")
+    again = command(*_without_profile(word for word in argv if word not in ("--resume", "--overwrite")), "--resume")
     finished = run_training(
         apply_overrides(base, arguments.overrides),
         arguments.run or Path("runs") / arguments.preset,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         versus=arguments.versus,
+        profile=None if arguments.profile is None else parse_steps(arguments.profile),
         again=again,
     )
     return 0 if finished else EXIT_INTERRUPTED
@@ -246,6 +263,31 @@ def _aot(arguments: argparse.Namespace, argv: list[str]) -> int:
     from hope_jax.training.shard_report import aot_report
 
     aot_report(config, arguments.preset, arguments.topology, arguments.slices, as_json=arguments.json)
+
+
+def _without_profile(words: Iterable[str]) -> list[str]:
+    """A continuation takes other steps than those that were traced."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word.partition("=")[0] != "--profile":
+            kept.append(word)
+        skip = word == "--profile"
+    return kept
+
+
+def _watch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    from hope_jax.training.watch import watch
+
+    watch(arguments.run, once=arguments.once)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    from hope_jax.training.plots import plot_runs
+
+    print(plot_runs(arguments.runs, arguments.out, arguments.x))
     return 0
 
 

@@ -112,6 +112,13 @@ def test_a_mistake_has_status_2_and_no_traceback():
         (["train", "tiny", "model=transformer", "--versus", "transformer"], "choose one with model=NAME"),
         (["train", "tiny_transformer", "--resume", "--run", "/nowhere/run"], "leave out --resume"),
         (["train", "tiny_transformer", "mesh.tensor=512"], "needs 512 devices"),
+        (["train", "tiny", "--profile", "10"], "for example --profile 10:13"),
+        (["train", "tiny", "--profile", "13:10"], "the last is not before the first"),
+        (["train", "tiny_transformer", "--run", "/nowhere/run", "--profile", "398:401"], "takes steps 1 to 400"),
+        (["watch", "/nowhere/run", "--once"], "/nowhere/run holds no run (yet)"),
+        (["watch", "/nowhere/run", "--one"], "did you mean --once?"),
+        (["plot", "/nowhere/run"], "not a run directory"),
+        (["plot", "/nowhere/run", "--x", "epochs"], "invalid choice: 'epochs'"),
         (["eval", "/nowhere/run"], "--data"),
         (["eval", "/nowhere/run", "--data", __file__], "not a run directory"),
         (["eval", "/nowhere/run", "--dta", __file__], "--data"),
@@ -143,6 +150,23 @@ def test_train_ends_with_a_sample_and_the_path(finished):
     assert out.splitlines()[-1].startswith(f"wrote {run_dir}: config.yaml")
     assert re.search(r"validation: \d\.\d{3} bits per byte after .*gzip \d\.\d{3}, xz \d\.\d{3}", out)
     assert "training bytes" in out and "sample" in out
+
+
+def test_watch_and_plot(run_dir, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["watch", str(run_dir)]) == 0  # no terminal: one frame
+    assert "last checkpoint" in capsys.readouterr().out
+    assert main(["plot", str(run_dir), "--x", "time", "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'a.png'}: 1 run over hours of machine time\n"
+
+
+def test_a_continuation_is_not_traced_again(small, tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr("hope_jax.training.command.run_training", lambda *args, **options: told.append(options) or True)
+    for words in (["--profile", "2:3"], ["--profile=2:3"]):
+        assert main([*small, "--run", str(tmp_path), *words]) == 0
+        assert told[-1]["profile"] == (2, 3)
+        assert "profile" not in told[-1]["again"] and "2:3" not in told[-1]["again"]
 
 
 def test_resume_eval_and_generate(small, run_dir, text_file, capsys):

@@ -12,9 +12,11 @@ from hope_jax.training.evaluate import describe_compressors
 from hope_jax.training.generate import check_prompt, generate_bytes, text_pieces
 from hope_jax.training.loop import Result, train
 from hope_jax.training.overrides import unknown
+from hope_jax.training.profile import Steps
 from hope_jax.training.versus import OTHERS, comparison, opponent, train_opponent
 
 SAMPLE_PROMPT_BYTES = 48
+_WRITTEN = ("config.yaml", "metrics.jsonl", "events.*", "goodput.json", "loss.png", "ckpt/")
 
 
 def run_training(
@@ -24,12 +26,13 @@ def run_training(
     resume: bool = False,
     overwrite: bool = False,
     versus: str | None = None,
+    profile: Steps | None = None,
     again: str = "hope train ... --resume",
 ) -> bool:
     """Trains, compares and shows.
 
     Args:
-      config, run_dir, resume, overwrite: see `loop.train`.
+      config, run_dir, resume, overwrite, profile: see `loop.train`.
       versus: name of the model to compare with, None for none.
       again: the command that continues this run, for the messages.
     Returns:
@@ -42,7 +45,7 @@ def run_training(
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
         opponent(config, versus)  # refuses before hours of training, not after
     console = Console(highlight=False, soft_wrap=True, emoji=False)
-    ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console)
+    ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console, profile=profile)
     if ours.interrupted:
         return _say_interrupted(ours, again)
     _show_result(ours, console, again)
@@ -52,7 +55,7 @@ def run_training(
             return _say_interrupted(theirs, again)
         console.print(comparison(ours, theirs))
     _show_sample(ours, console)
-    console.print(f"wrote {run_dir}: config.yaml, metrics.jsonl, events.*, loss.png, ckpt/", markup=False)
+    console.print(f"wrote {run_dir}: {', '.join(_WRITTEN)}{', profile/' if profile else ''}", markup=False)
     return True
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hope_jax.training.config import MeshConfig, TrainConfig
+from hope_jax.training.config import TrainConfig
 from hope_jax.training.flops import flops_of
 from hope_jax.training.step import Program, build_program
+from hope_jax.training.utilisation import model_flops
 from hope_kernels.chips import published
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -49,9 +50,8 @@ class StepReport:
       temporary: what the step needs besides: activations, gradients, what is gathered.
       total: arguments and temporaries, results that are not donated arguments included.
       available: what a program may use; None where it is not known.
-      model_flops: operations of one step of all devices that the model needs: products of the gradient without
-        recomputation.
-      step_flops: the same with recomputation, as this step does it.
+      model_flops: operations in products that the gradient of a step needs, of all devices (`utilisation.py`).
+      step_flops: those of the step as it is, with recomputation, kernels and optimizer.
       collectives: by kind.
       compile_seconds: lowering and compiling.
     """
@@ -99,19 +99,11 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> S
         temporary=memory.temp_size_in_bytes,
         total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - aliased,
         available=chip.memory if chip else None,
-        model_flops=step_flops(config, remat="none"),
-        step_flops=step_flops(config, remat=config.model.remat),
+        model_flops=model_flops(config).products,
+        step_flops=flops_of(program.train_step, program.abstract_state, tokens).products,
         collectives=tuple(collectives(compiled.as_text() or "")),
         compile_seconds=seconds,
     )
-
-
-def step_flops(config: TrainConfig, remat: str) -> float:
-    """Operations in the products of one training step, all rows of it; traced on one device."""
-    config = dataclasses.replace(config, mesh=MeshConfig(), model=dataclasses.replace(config.model, remat=remat))  # type: ignore[arg-type]
-    program = build_program(config)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8)
-    return flops_of(program.train_step, program.abstract_state, tokens).products
 
 
 def bytes_per_device(tree: Any) -> int:

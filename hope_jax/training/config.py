@@ -30,6 +30,8 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "sample_bytes",
     "mesh.",
+    "wandb",
+    "peak_flops",
 )
 
 
@@ -93,12 +95,14 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_bytes: int = 300  # of the sample printed at the end
+    wandb: str = ""  # a project of Weights & Biases that gets the records too
+    peak_flops: float = 0.0  # of one device, for the MFU; 0 takes the published figure, where there is one
 
     def __post_init__(self):
         _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "clip_norm")
         _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
-        _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2")
+        _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
         self._check_model()
         if self.batch_size % self.accumulate:
             raise UserError(

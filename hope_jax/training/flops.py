@@ -149,7 +149,7 @@ def _wgmma(equation: Any) -> float:
     start = 3 + getattr(equation.params["acc_transforms_tree"], "num_leaves", 0)
     tree = equation.params["a_transforms_tree"]
     transforms = tree.unflatten([var for var in equation.invars[start : start + tree.num_leaves]]) if tree else ()
-    return 2.0 * math.prod(accumulator.shape) * TransformedRef(left, transforms).shape[-1]
+    return 2.0 * math.prod(accumulator.shape) * int(TransformedRef(left, transforms).shape[-1])
 
 
 _PRODUCTS: dict[str, Callable[[Any], float]] = {

@@ -1,7 +1,6 @@
 """The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,16 @@ from hope_jax.training.corpus import Corpus, load_corpus
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
+from hope_jax.training.goodput import Clock
 from hope_jax.training.interrupt import Interruption
-from hope_jax.training.metrics import MetricsWriter, plot_loss, read_metrics
+from hope_jax.training.metrics import MetricsWriter, WeightsAndBiases, check_wandb, read_metrics
+from hope_jax.training.plots import plot_loss
+from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
 from hope_jax.training.run_dir import LOSS_PLOT, claim, resolve
-from hope_jax.training.step import Metrics, Program, TrainState, bits, build_program
+from hope_jax.training.step import Metrics, Program, TrainState, build_program
+from hope_jax.training.telemetry import Telemetry, finite
+from hope_jax.training.utilisation import seconds_at_peak
 
 
 class Result(NamedTuple):
@@ -34,7 +38,7 @@ class Result(NamedTuple):
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
     interrupted: bool
     validation_bpb: float | None  # of the whole validation text; None when interrupted before
-    tokens_per_second: float | None  # of training steps alone: no compilation, evaluation or saving
+    tokens_per_second: float | None  # of the last training steps alone: no compilation, evaluation or saving
     seconds: float  # everything, compilation included
 
     @property
@@ -50,6 +54,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    profile: Steps | None = None,
 ) -> Result:
     """Trains a model, or continues its training.
 
@@ -60,6 +65,7 @@ def train(
         bit for bit.
       overwrite: remove a run that is already there.
       console: where to print; None prints nothing.
+      profile: steps to write a trace of.
     Returns:
       A `Result`. After Ctrl-C the state is saved and `interrupted` is True.
     Raises:
@@ -67,8 +73,9 @@ def train(
       RunFailed: loss, gradient or parameters became infinite or not a number; the message names the last good
         checkpoint.
     """
-    began = time.perf_counter()
+    clock = Clock()
     console = console or Console(quiet=True)
+    check_wandb(config)
     corpus = load_corpus(config.data)
     batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
@@ -76,22 +83,35 @@ def train(
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
+    if profile is not None:
+        check_steps(profile, saved or 0, config.steps)
     claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
-    with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-        state = _start(program, checkpoints, fingerprints(config, corpus.sha256))
+    with (
+        clock.keep(run_dir, saved or 0),
+        Interruption() as interruption,
+        Checkpoints(run_dir, config.keep_checkpoints) as checkpoints,
+    ):
+        state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
         start = int(state.step)
+        with clock.doing("compile"):
+            telemetry = Telemetry(config, clock, seconds_at_peak(config, list(program.mesh.devices.flat)))
         label = config.model.name
-        with MetricsWriter(run_dir, start) as writer, Display(console, label, config.steps, start) as display:
-            run = _Run(config, program, corpus, checkpoints, writer, display, run_dir)
+        others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb else []
+        with (
+            MetricsWriter(run_dir, start, *others) as writer,
+            Display(console, label, config.steps, start) as display,
+            Profile(run_dir, profile, clock) as trace,
+        ):
+            run = _Run(config, program, corpus, checkpoints, writer, display, run_dir, telemetry, trace)
             state = run.steps(state, batches, lambda: interruption.requested)
             stopped = int(state.step) < config.steps or interruption.requested
             validation_bpb = None if stopped else run.evaluate(state, config.final_eval_batches)
             interrupted = stopped or interruption.requested  # a Ctrl-C during the evaluation counts too
-    plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
-    speed = run.speed or _recorded_speed(run_dir)
-    seconds = time.perf_counter() - began
-    return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, seconds)
+        plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
+        clock.finished = not interrupted
+    speed = telemetry.tokens_per_second or _recorded_speed(run_dir)
+    return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, clock.elapsed)
 
 
 def _opening(config: TrainConfig, program: Program) -> str:
@@ -109,10 +129,12 @@ def count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any]) -> TrainState:
+def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any], clock: Clock) -> TrainState:
     if checkpoints.latest_step() is None:
-        return program.init()
-    return checkpoints.restore(program.abstract_state, expected)[0]
+        with clock.doing("compile"):
+            return program.init()
+    with clock.doing("restore"):
+        return checkpoints.restore(program.abstract_state, expected)[0]
 
 
 def _recorded_speed(run_dir: Path) -> float | None:
@@ -132,43 +154,41 @@ class _Run:
         writer: MetricsWriter,
         display: Display,
         run_dir: Path,
+        telemetry: Telemetry,
+        trace: Profile,
     ):
         self.config, self.program, self.corpus = config, program, corpus
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
-        self.run_dir = run_dir
-        self._timed_steps, self._timed_seconds = 0, 0.0
-
-    @property
-    def speed(self) -> float | None:
-        """Bytes per second of training steps, None before the second step."""
-        tokens = self._timed_steps * self.config.batch_size * self.config.seq_len
-        return tokens / self._timed_seconds if self._timed_steps else None
+        self.run_dir, self.telemetry, self.trace = run_dir, telemetry, trace
+        self.clock, self.times = telemetry.clock, telemetry.times
 
     def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
         """Runs to the end or until `stop()`; the state it returns is saved."""
         config = self.config
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
-        clock = None  # None: the next step includes compilation or follows a pause
-        while step < config.steps and not stop():
-            state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
-            # The host waits for the previous step only: the device already has this one.
+        kind = "compile"  # what the next call of the step does
+        with self.clock.doing("step"):
+            while step < config.steps and not stop():
+                if self.trace.begins(step + 1, state):
+                    self.times.pause()
+                with self.clock.doing(kind), self.trace.step(step + 1):
+                    state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
+                # The host waits for the previous step only: the device already has this one.
+                if sent is not None:
+                    self._read(step, sent)
+                if kind == "step" and not self.trace.running:  # the first step makes files and programs
+                    self.times.step()
+                sent, step, kind = metrics, step + 1, "step"
+                if self.trace.ends(step, state):
+                    self.times.pause()
+                if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
+                    self._read(step, metrics)
+                    sent = None
+                    self.times.pause()
+                    self._pause(state, step)
             if sent is not None:
                 self._read(step, sent)
-            sent, step = metrics, step + 1
-            now = time.perf_counter()
-            if clock is not None:
-                self._timed_steps, self._timed_seconds = (
-                    self._timed_steps + 1,
-                    self._timed_seconds + now - clock,
-                )
-            clock = now
-            if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
-                self._read(step, metrics)
-                sent = clock = None
-                self._pause(state, step)
-        if sent is not None:
-            self._read(step, sent)
         self._save(state)
         return state
 
@@ -182,31 +202,33 @@ class _Run:
 
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
-        bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
+        with self.clock.doing("eval"):
+            bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
+            distances = jax.device_get(self.program.distances(state.params))
         step = int(state.step)
         known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
         if step not in known:
-            self.writer.write(step, validation_bits_per_byte=bpb)
+            self.writer.write(step, **self.telemetry.of_evaluation(bpb, distances))
         return bpb
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, stops the run if its numbers are not finite, and writes them down."""
-        loss, grad_norm, learning_rate, params_norm = (float(value) for value in metrics)
-        # The loss is of the parameters before the step; what is saved are those after it.
-        if not all(map(math.isfinite, (loss, grad_norm, params_norm))):
-            raise RunFailed(self._describe_failure(step, loss, grad_norm, params_norm))
-        speed = self.speed
-        values = {"loss": loss, "bits_per_byte": bits(loss), "grad_norm": grad_norm, "learning_rate": learning_rate}
-        self.writer.write(step, **values, **({} if speed is None else {"tokens_per_second": speed}))
-        self.display.update(step, loss, bits(loss), speed)
+        metrics = jax.device_get(metrics)
+        if not finite(metrics):
+            raise RunFailed(self._describe_failure(step, metrics))
+        self.clock.step(step)
+        record = self.telemetry.of_step(metrics)
+        self.writer.write(step, **record)
+        self.display.update(step, record)
 
-    def _describe_failure(self, step: int, loss: float, grad_norm: float, params_norm: float) -> str:
+    def _describe_failure(self, step: int, metrics: Metrics) -> str:
         good = self.checkpoints.latest_step()
         saved = "no checkpoint was saved before it"
         if good is not None:
             saved = f"the last good checkpoint is step {good} in {self.checkpoints.directory / str(good)}"
         return (
-            f"step {step} gave loss {loss}, gradient norm {grad_norm}, parameter norm {params_norm}; {saved}; "
+            f"step {step} gave loss {metrics.loss}, gradient norm {metrics.grad_norm}, "
+            f"parameter norm {metrics.params_norm}; {saved}; "
             f"try a smaller learning_rate (now {self.config.learning_rate:g}) or clip_norm"
         )
 
@@ -216,4 +238,5 @@ class _Run:
             **fingerprints(self.config, self.corpus.sha256),
             "versions": {"jax": jax.__version__, "optax": optax.__version__},
         }
-        self.checkpoints.save(state, meta)
+        with self.clock.doing("save"):
+            self.checkpoints.save(state, meta)

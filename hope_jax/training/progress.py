@@ -6,7 +6,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-NUMBERS = "loss {loss:.3f}  {bpb:.3f} bits/byte"
+# What a line says of a step; numbers that are not known (yet) are left out.
+NUMBERS = {
+    "loss": "loss {:.3f}",
+    "bits_per_byte": "{:.3f} bits/byte",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 class Display:
@@ -36,9 +42,9 @@ class Display:
         )
         self._task = self._progress.add_task(label, total=steps, completed=start, numbers="compiling ...")
 
-    def update(self, step: int, loss: float, bpb: float, speed: float | None) -> None:
-        """Shows the numbers of a step; a speed that is not known yet is left out."""
-        numbers = NUMBERS.format(loss=loss, bpb=bpb) + (f"  {speed:,.0f} tokens/s" if speed else "")
+    def update(self, step: int, record: Mapping[str, float]) -> None:
+        """Shows the record of a step."""
+        numbers = "  ".join(form.format(record[name]) for name, form in NUMBERS.items() if name in record)
         self._progress.update(self._task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step % self._stride == 0 or step == self.steps):
             self.console.print(f"{self.label} step {step}/{self.steps}  {numbers}")

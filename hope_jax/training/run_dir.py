@@ -1,6 +1,6 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
-RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  ckpt/<step>/{state, meta}
+RUN/config.yaml  corpus.json  metrics.jsonl  events.*  goodput.json  loss.png  profile/  ckpt/<step>/{state, meta}
 """
 
 import dataclasses
@@ -20,11 +20,14 @@ from hope_jax.training.config import (
 )
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
+from hope_jax.training.goodput import GOODPUT_FILE
 from hope_jax.training.metrics import METRICS_FILE
+from hope_jax.training.profile import PROFILE
 
 CORPUS_FILE = "corpus.json"
 BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
+WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
 
 
@@ -88,11 +91,12 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, LOSS_PLOT):
+    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
-    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    for directory in (CHECKPOINTS, PROFILE, WANDB):
+        shutil.rmtree(run_dir / directory, ignore_errors=True)
     for other in (run_dir / VERSUS).glob("*"):
         remove_run(other)
 

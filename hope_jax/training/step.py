@@ -20,6 +20,7 @@ from hope_jax.models import build_lm
 from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
+from hope_jax.training.level_metrics import norms, steps_since_update
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from hope_jax.training.overrides import one_line
 from hope_jax.training.sharding import BATCH, make_mesh, shardings
@@ -40,6 +41,9 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # [] float32, before clipping
     learning_rate: jax.Array  # [] float32, used in this step
     params_norm: jax.Array  # [] float32, of the parameters after the step
+    update_norm: jax.Array  # [] float32, of what the step added to the parameters
+    level_update_norm: dict[str, jax.Array]  # [] float32 of each level
+    level_waited: dict[str, jax.Array]  # [] int32, steps since each level was written; 0 if in this one
 
 
 class Program(NamedTuple):
@@ -48,9 +52,22 @@ class Program(NamedTuple):
     lm: Any
     mesh: Mesh
     abstract_state: TrainState  # shapes, dtypes and shardings, for restoring
-    init: Callable[[], TrainState]
+    init_params: Callable[[], Any]
+    start: Callable[[Any], TrainState]  # the state before the first step, of parameters that it takes over
     train_step: Any  # (state, tokens [batch, T+1] uint8) -> (state, Metrics)
     eval_step: Any  # (params, tokens [microbatch, T+1] uint8, weights [microbatch, T]) -> (sum of nats, targets)
+    level_norms: Any  # (params, others) -> the norm of their difference, float32[] by level
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        return self.start(self.init_params())
+
+    def distances(self, params: Any) -> dict[str, jax.Array]:
+        """How far each level is from where the run began, float32[].
+
+        The start is made again: keeping it would take as much memory as the parameters do.
+        """
+        return self.level_norms(params, self.init_params())
 
     def put_batch(self, array: np.ndarray) -> jax.Array:
         """A host array with its first axis over the mesh's batch axes."""
@@ -85,7 +102,8 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
         lm=lm,
         mesh=mesh,
         abstract_state=jax.tree.map(_place, shapes, placed),
-        init=jax.jit(lambda: init_state(lm, tx, config.seed), out_shardings=placed),
+        init_params=jax.jit(lambda: init_params(lm, config.seed), out_shardings=placed.params),
+        start=jax.jit(lambda params: start_state(tx, params), out_shardings=placed, donate_argnums=0),
         train_step=jax.jit(
             on_mesh(make_train_step(lm, tx, config), mesh),
             in_shardings=(placed, batch),
@@ -97,6 +115,9 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
             in_shardings=(placed.params, batch, batch),
             out_shardings=(scalar, scalar),
         ),
+        level_norms=jax.jit(
+            lambda params, others: norms(jax.tree.map(jnp.subtract, params, others)), out_shardings=scalar
+        ),
     )
 
 
@@ -106,9 +127,18 @@ def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDty
 
 def init_state(lm: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
-    # A weakly typed leaf would be strong after the first update, and the step would compile a second time.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
+    return start_state(tx, init_params(lm, seed))
+
+
+def start_state(tx: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before the first step, of these parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def init_params(lm: Any, seed: int) -> Any:
+    """The parameters before the first step."""
+    # A weakly typed leaf would be strong after the first update, and the step would compile a second time.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
 
 
 def token_losses(lm: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -139,7 +169,16 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        metrics = Metrics(loss, optax.tree.norm(grads), learning_rate, optax.tree.norm(params))
+        moved = norms(updates)
+        metrics = Metrics(
+            loss=loss,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=learning_rate,
+            params_norm=optax.tree.norm(params),
+            update_norm=optax.tree.norm(moved),
+            level_update_norm=moved,
+            level_waited=steps_since_update(opt_state, list(moved), config.cms_periods),
+        )
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

@@ -11,8 +11,8 @@ from hope_jax.models import ARCHITECTURES, ModelConfig, count_parameters, match_
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.loop import Result, train
-from hope_jax.training.metrics import plot_loss
 from hope_jax.training.overrides import one_line
+from hope_jax.training.plots import plot_loss
 from hope_jax.training.progress import table
 from hope_jax.training.run_dir import LOSS_PLOT, VERSUS
 

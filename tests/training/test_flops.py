@@ -1,5 +1,8 @@
 """Operations counted on the jaxpr: by hand, against XLA's count, and against 6 N T + attention."""
 
+import importlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -95,6 +98,20 @@ def test_a_tpu_kernel_counts_nearly_what_the_xla_form_does():
     assert count("pallas_tpu", True).products == pytest.approx(count("xla", None).products, rel=0.25)
 
 
+def test_a_gpu_kernel_counts_its_tiles(monkeypatch):
+    """In whole products of 64 x 64 x 64: those of the memory, and those that invert the triangular system."""
+    pytest.importorskip("absl")
+    choose = importlib.import_module("hope_kernels.delta_rule.pallas_gpu.choose")
+    monkeypatch.setattr(choose, "_wrong_machine", lambda device: None)
+    batch, tokens, heads = 2, 256, 2
+    x = jax.ShapeDtypeStruct((batch, tokens, heads, 64), jnp.bfloat16)
+    eta = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
+    config = Config(segments=1)
+    found = flops_of(lambda x, eta: delta_rule(x, x, x, eta, implementation="pallas_gpu", config=config), x, eta)
+    products = found.products / (2 * 64**3 * batch * heads * tokens / 64)
+    assert products == int(products) and 8 <= products <= 20
+
+
 def small(name):
     model = ModelConfig(
         name=name, dim=32, layers=1, heads=2, memory_hidden=8, cms_hidden=(128, 128), chunk_proj=8, chunk_mem=8
@@ -103,7 +120,8 @@ def small(name):
 
 
 def xla_count(function, *args):
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    found: Any = jax.jit(function).lower(*args).compile().cost_analysis()
+    return found["flops"]
 
 
 @pytest.mark.parametrize("name", ["transformer", "hope_attention", pytest.param("hope", marks=pytest.mark.slow)])

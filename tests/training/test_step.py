@@ -95,19 +95,20 @@ def test_accumulation_is_the_gradient_of_the_whole_batch():
 
 @pytest.fixture(scope="module")
 def levels():
-    """Parameters after each of five steps with CMS periods 1 and 2, and the program."""
+    """Parameters before and after each of five steps with CMS periods 1 and 2, their metrics, and the program."""
     settings = config("hope_attention", cms_periods=(1, 2), batch_size=2, seq_len=4, steps=8)
     program = build_program(settings)
     state = program.init()
-    history = [jax.device_get(state.params)]
+    history, told = [jax.device_get(state.params)], []
     for step in range(5):
-        state, _ = program.train_step(state, program.put_batch(tokens(settings, step)))
+        state, metrics = program.train_step(state, program.put_batch(tokens(settings, step)))
         history.append(jax.device_get(state.params))
-    return history, program
+        told.append(jax.device_get(metrics))
+    return history, told, program, jax.device_get(program.distances(state.params))
 
 
 def test_a_slow_level_moves_at_its_steps_and_no_other(levels):
-    history, program = levels
+    history, _, program, _ = levels
 
     def moved(level, step):
         before, after = (history[i]["blocks"]["cms"][f"level_{level}"] for i in (step - 1, step))
@@ -116,6 +117,28 @@ def test_a_slow_level_moves_at_its_steps_and_no_other(levels):
     assert [moved(0, step) for step in range(1, 6)] == [True] * 5
     assert [moved(1, step) for step in range(1, 6)] == [False, True, False, True, False]
     assert program.train_step._cache_size() == 1
+
+
+def test_the_metrics_of_the_levels_are_what_their_parameters_did(levels):
+    history, told, _, distances = levels
+
+    def apart(a, b):
+        """Norms of the difference by level, and of all of it."""
+        squares = {level: 0.0 for level in ("level_0", "level_1", "rest")}
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+            level = next((name for name in squares if f"/{name}/" in path_string(path)), "rest")
+            squares[level] += float(np.sum((x.astype(np.float64) - y) ** 2))
+        return {level: value**0.5 for level, value in squares.items()}, sum(squares.values()) ** 0.5
+
+    rounding = EPS * float(optax.tree.norm(history[0]))  # of the parameters, when an update is added to them
+    for before, after, metrics in zip(history[:-1], history[1:], told, strict=True):
+        moved, whole = apart(after, before)
+        assert metrics.level_update_norm == pytest.approx(moved, rel=1e-5, abs=2 * rounding)
+        assert metrics.update_norm == pytest.approx(whole, rel=1e-5, abs=2 * rounding)
+    assert distances == pytest.approx(apart(history[-1], history[0])[0], rel=1e-5)
+    waited = [metrics.level_waited for metrics in told]
+    assert [step["level_1"] for step in waited] == [1, 0, 1, 0, 1]
+    assert not any(step[level] for step in waited for level in ("level_0", "rest"))
 
 
 def test_period_labels_name_the_levels():
