@@ -263,6 +263,7 @@ def _aot(arguments: argparse.Namespace, argv: list[str]) -> int:
     from hope_jax.training.shard_report import aot_report
 
     aot_report(config, arguments.preset, arguments.topology, arguments.slices, as_json=arguments.json)
+    return 0
 
 
 def _without_profile(words: Iterable[str]) -> list[str]:

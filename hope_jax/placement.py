@@ -96,6 +96,6 @@ def _hint(x: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
     parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in axes)
     if parts == 1 or x.shape[axis] % parts:
         return x
-    spec = [P.UNCONSTRAINED] * x.ndim
+    spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = axes
     return jax.lax.with_sharding_constraint(x, P(*spec))

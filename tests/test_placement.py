@@ -1,5 +1,7 @@
 """Hints on a mesh: the numbers stay, the work is divided."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from hope_kernels import delta_rule
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-def mesh(*sizes):
+def mesh(*sizes) -> Any:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[: int(np.prod(sizes))])
 
 
@@ -56,15 +58,16 @@ def loss_of(run):
 
 def compare(run, run_placed, arrays, sizes):
     placed = NamedSharding(mesh(*sizes), P(("data", "fsdp"), "sequence"))
+    devices: Any = placed.mesh
     expected = jax.jit(jax.value_and_grad(loss_of(run), (0, 1, 2)))(*arrays)
     step = jax.jit(
-        on_mesh(jax.value_and_grad(loss_of(run_placed), (0, 1, 2)), placed.mesh),
+        on_mesh(jax.value_and_grad(loss_of(run_placed), (0, 1, 2)), devices),
         in_shardings=(placed,) * 3,
         out_shardings=(NamedSharding(placed.mesh, P()), (placed,) * 3),
     )
     for a, b in zip(jax.tree.leaves(step(*arrays)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=50 * EPS, atol=50 * EPS * np.abs(b).max())
-    return step.lower(*arrays).compile().as_text()
+    return step.lower(*arrays).compile().as_text() or ""
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 2, 1, 4)])
@@ -75,7 +78,7 @@ def test_the_kernel_call_is_divided(streams, sizes):
 
     def run_placed(k, v, q):
         def row(k, v, q):
-            out = placed_delta_rule(q=q[None], k=k[None], u=v[None], eta=jnp.full((1, *k.shape[:-1]), 0.5))
+            out: Any = placed_delta_rule(q=q[None], k=k[None], u=v[None], eta=jnp.full((1, *k.shape[:-1]), 0.5))
             return out.y[0], out.state[0]
 
         return jax.vmap(row, spmd_axis_name=batch_axes())(*(by_head(x, 2) for x in (k, v, q)))

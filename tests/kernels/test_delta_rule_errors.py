@@ -55,4 +55,4 @@ def test_types(changes, message):
 @pytest.mark.parametrize("field", ["block_t", "heads", "group"])
 def test_sizes_of_a_config(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1; got 0"):
-        Config(**{field: 0})
+        Config(**{field: 0})  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def test_a_divided_sequence_exchanges_states_and_not_tokens(long_mesh):
         for n, a in arguments.items()
         if n != "segment_ids"
     }
-    run = partial(delta_rule_sharded, mesh=long_mesh, batch="data", sequence="sequence")
+    run: Any = partial(delta_rule_sharded, mesh=long_mesh, batch="data", sequence="sequence")
     program = jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(run(**a).y)))).lower(placed).compile().as_text() or ""
     gathers = [math.prod(map(int, s.split(","))) for s in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", program)]
     # Two rows and four heads on a device, four shards, maps of 4 x (4 + 3).
