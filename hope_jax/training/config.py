@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -55,7 +56,13 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    data: str = "embedded"  # or the path of a text file
+    data: str = "embedded"  # or a file, folder, pattern or hub:NAME; several as SOURCE:WEIGHT,SOURCE:WEIGHT
+    text_column: str = "text"  # of tables
+    tokenizer: str = "bytes"  # or the path of a tokenizers JSON file
+    # "ignore": windows are cut anywhere, the memory starts empty in each. "reset": documents are packed into windows,
+    # each starts empty. "carry": each row reads one stream and its memory goes on from step to step; "carry_reset"
+    # empties it where a document begins.
+    documents: Literal["ignore", "reset", "carry", "carry_reset"] = "ignore"
     seed: int = 0
 
     steps: int = 600
@@ -86,6 +93,7 @@ class TrainConfig:
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2")
         self._check_model()
+        self._check_documents()
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
@@ -111,13 +119,35 @@ class TrainConfig:
 
     def _check_model(self) -> None:
         check_sequence_length(self.model, self.seq_len)
-        if self.model.vocab_size != 256:
+        if self.tokenizer == "bytes" and self.model.vocab_size != 256:
             raise UserError(f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256")
         if self.model.architecture.cache and self.seq_len > self.model.max_length:
             raise UserError(
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
                 f"{self.model.max_length}; make one smaller or the other larger"
             )
+
+    def _check_documents(self) -> None:
+        if self.carries and self.model.architecture.cache:
+            raise UserError(
+                f"documents={self.documents}: the attention cache of model={self.model.name} is full after "
+                f"model.max_length={self.model.max_length} tokens; give documents=reset or a model with a memory"
+            )
+        if self.documents in ("reset", "carry_reset") and self.seq_len % self.segment:
+            raise UserError(
+                f"seq_len={self.seq_len}: with documents={self.documents} each document begins at a multiple of "
+                f"{self.segment} tokens, the chunks of model={self.model.name}; make seq_len a multiple of it"
+            )
+
+    @property
+    def segment(self) -> int:
+        """Documents begin at multiples of this many tokens where the memory starts afresh with them."""
+        return segment_length(self.model)
+
+    @property
+    def carries(self) -> bool:
+        """Whether memory goes from one step to the next."""
+        return self.documents in ("carry", "carry_reset")
 
     @property
     def schedule_steps(self) -> int:
@@ -128,6 +158,23 @@ class TrainConfig:
     def microbatch(self) -> int:
         """Windows per microbatch."""
         return self.batch_size // self.accumulate
+
+
+MIN_SEGMENT = 16  # tokens; shorter segments would be mostly overhead
+
+
+def segment_length(model: ModelConfig) -> int:
+    """The least number of tokens that a model reads at once where its memory may start afresh before any of them.
+
+    Attention hides documents from each other token by token; a memory starts a document with a whole chunk.
+
+    >>> segment_length(ModelConfig(chunk_proj=4, chunk_mem=12)), segment_length(ModelConfig(name="transformer"))
+    (24, 1)
+    """
+    if model.architecture.cache and not model.fast_chunks:
+        return 1
+    chunk = math.lcm(model.chunk_proj, model.chunk_mem, *model.fast_chunks)
+    return chunk * -(-MIN_SEGMENT // chunk)
 
 
 def _check_positive(config: object, *names: str) -> None:

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.corpus import Corpus, load_corpus
-from hope_jax.training.data import TrainBatches
+from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.interrupt import Interruption
 from hope_jax.training.metrics import MetricsWriter, plot_loss, read_metrics
+from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.progress import Display
 from hope_jax.training.run_dir import LOSS_PLOT, claim, resolve
 from hope_jax.training.step import Metrics, Program, TrainState, bits, build_program
@@ -29,7 +29,7 @@ class Result(NamedTuple):
     run_dir: Path
     config: TrainConfig
     program: Program
-    corpus: Corpus
+    corpus: Mixture
     state: TrainState
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
     interrupted: bool
@@ -69,8 +69,8 @@ def train(
     """
     began = time.perf_counter()
     console = console or Console(quiet=True)
-    corpus = load_corpus(config.data)
-    batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
+    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
+    batches = training_batches(corpus, config)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
     saved = saved_step(run_dir) if resume else None
@@ -127,7 +127,7 @@ class _Run:
         self,
         config: TrainConfig,
         program: Program,
-        corpus: Corpus,
+        corpus: Mixture,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: Display,
@@ -136,6 +136,7 @@ class _Run:
         self.config, self.program, self.corpus = config, program, corpus
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
         self.run_dir = run_dir
+        self._bytes_per_token = corpus.bytes_per_token("train")
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     @property
@@ -144,14 +145,15 @@ class _Run:
         tokens = self._timed_steps * self.config.batch_size * self.config.seq_len
         return tokens / self._timed_seconds if self._timed_steps else None
 
-    def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
+    def steps(self, state: TrainState, batches: Batches, stop: Callable[[], bool]) -> TrainState:
         """Runs to the end or until `stop()`; the state it returns is saved."""
         config = self.config
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
         clock = None  # None: the next step includes compilation or follows a pause
+        made = feed(batches, step, config.steps)
         while step < config.steps and not stop():
-            state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
+            state, metrics = self.program.train_step(state, self.program.put_batch(next(made)))
             # The host waits for the previous step only: the device already has this one.
             if sent is not None:
                 self._read(step, sent)
@@ -182,7 +184,15 @@ class _Run:
 
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
-        bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
+        bpb = evaluate(
+            self.program,
+            state.params,
+            self.corpus.validation,
+            self.config,
+            batches or None,
+            starts=self.corpus.validation_starts,
+            bytes_per_token=self.corpus.bytes_per_token("validation"),
+        )
         step = int(state.step)
         known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
         if step not in known:
@@ -196,9 +206,10 @@ class _Run:
         if not all(map(math.isfinite, (loss, grad_norm, params_norm))):
             raise RunFailed(self._describe_failure(step, loss, grad_norm, params_norm))
         speed = self.speed
-        values = {"loss": loss, "bits_per_byte": bits(loss), "grad_norm": grad_norm, "learning_rate": learning_rate}
+        bpb = bits(loss) / self._bytes_per_token
+        values = {"loss": loss, "bits_per_byte": bpb, "grad_norm": grad_norm, "learning_rate": learning_rate}
         self.writer.write(step, **values, **({} if speed is None else {"tokens_per_second": speed}))
-        self.display.update(step, loss, bits(loss), speed)
+        self.display.update(step, loss, bpb, speed)
 
     def _describe_failure(self, step: int, loss: float, grad_norm: float, params_norm: float) -> str:
         good = self.checkpoints.latest_step()

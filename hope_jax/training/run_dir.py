@@ -18,9 +18,9 @@ from hope_jax.training.config import (
     read_config,
     write_config,
 )
-from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.metrics import METRICS_FILE
+from hope_jax.training.mixture import Mixture
 
 CORPUS_FILE = "corpus.json"
 BYTES = frozenset(range(256))
@@ -58,7 +58,7 @@ def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwri
     return dataclasses.replace(config, decay_steps=config.schedule_steps)
 
 
-def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool = False) -> None:
+def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: bool = False) -> None:
     """Makes the directory and writes config.yaml and corpus.json, after removing the run that is replaced.
 
     Raises:
@@ -97,7 +97,7 @@ def remove_run(run_dir: Path) -> None:
         remove_run(other)
 
 
-def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
+def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
     """Writes corpus.json: sizes, fingerprint and the byte values seen in training.
 
     Raises:
@@ -106,7 +106,7 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
     path = run_dir / CORPUS_FILE
     facts = {
         "name": corpus.name,
-        "train_bytes": corpus.train.size,
+        "train_bytes": corpus.train_tokens,
         "validation_bytes": corpus.validation.size,
         "sha256": corpus.sha256,
         "seen_bytes": corpus.seen_bytes,
