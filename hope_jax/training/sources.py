@@ -9,6 +9,7 @@ import glob
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,9 @@ def parse_sources(data: str) -> list[Source]:
     >>> parse_sources("notes.txt")
     [Source(name='notes.txt', weight=1.0)]
     """
-    words = [data] if Path(data).exists() else [word.strip() for word in data.split(",") if word.strip()]
+    words = [data] if os.path.exists(data) else [word.strip() for word in data.split(",") if word.strip()]
+    if not words:
+        raise UserError("data= names no source; give a file, a folder, a pattern or hub:NAME, or leave it out")
     sources = [_parse_source(word) for word in words]
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight >= 0):
@@ -63,7 +66,7 @@ def parse_sources(data: str) -> list[Source]:
 def _parse_source(word: str) -> Source:
     name, separator, weight = word.rpartition(":")
     try:
-        return Source(name, float(weight)) if separator and not Path(word).exists() else Source(word, 1.0)
+        return Source(name, float(weight)) if separator and not os.path.exists(word) else Source(word, 1.0)
     except ValueError:
         return Source(word, 1.0)
 
