@@ -1,4 +1,4 @@
-"""The command line: `hope train`, `hope eval`, `hope generate`, `hope bench`.
+"""The command line: `hope train`, `hope eval`, `hope generate`, `hope data`, `hope bench`.
 
 Only the parsing lives here; each command imports what it needs when it runs, so that help and mistakes answer
 at once.
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,generate,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,generate,data,bench}")
 
     train = commands.add_parser(
         "train",
@@ -69,8 +69,34 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest bytes (default: all)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     generate.set_defaults(function=_generate)
+    _add_data(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    data = commands.add_parser(
+        "data",
+        help="look at what a run reads: hope data inspect FILE",
+        description="Tokens, documents, packing and three samples of what a run reads.",
+        epilog=_DATA_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    data.add_argument("what", choices=["inspect"], help="what to do")
+    data.add_argument("source", metavar="PRESET|SOURCE", help="a preset, or what data= takes")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="for example documents=reset seq_len=1024")
+    data.set_defaults(function=_data)
+
+
+_DATA_EXAMPLES = """a SOURCE is a file, a folder or a pattern (.jsonl .parquet .arrow .txt), or hub:NAME[@CONFIG];
+several with weights are SOURCE:WEIGHT,SOURCE:WEIGHT. Read once, it lies in $HOPE_JAX_CACHE (default ~/.cache/hope_jax).
+
+examples:
+  hope data inspect tiny
+  hope data inspect 'web/*.parquet:0.7,books.jsonl:0.3' documents=reset seq_len=1024
+  hope data inspect notes.jsonl text_column=body tokenizer=tokenizer.json
+"""
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -142,7 +168,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     # argparse takes positionals in one stretch; key=value after an option is left over.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     strangers = [word for word in rest if word not in overrides]
-    if strangers or (rest and arguments.command != "train"):
+    if strangers or (rest and arguments.command not in ("train", "data")):
         raise UserError(_stranger((strangers or rest)[0], arguments.command))
     if overrides:
         arguments.overrides += overrides
@@ -153,6 +179,7 @@ def _stranger(word: str, command: str) -> str:
     flags = {
         "train": ["--run", "--resume", "--overwrite", "--versus"],
         "eval": ["--data"],
+        "data": ["--help"],
         "generate": ["--prompt", "--max-bytes", "--temperature", "--top-k", "--seed"],
         "bench": [
             *("--list", "--op", "--shape", "--impl", "--mode", "--block-t"),
@@ -210,6 +237,16 @@ def _generate(arguments: argparse.Namespace, argv: list[str]) -> int:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _data(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    from rich.console import Console
+
+    from hope_jax.training.inspection import inspect
+
+    inspect(arguments.source, arguments.overrides, Console(highlight=False, emoji=False))
     return 0
 
 

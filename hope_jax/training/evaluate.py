@@ -14,6 +14,7 @@ from hope_jax.training.corpus import ONE_DOCUMENT
 from hope_jax.training.data import EvalBatch, document_eval_batches, eval_batches
 from hope_jax.training.errors import RunFailed
 from hope_jax.training.step import Program, bits
+from hope_jax.training.vocabulary import BYTES
 
 
 def evaluate(
@@ -91,14 +92,17 @@ def eval_file(run_dir: Path, path: Path) -> str:
     """
     from hope_jax.training.corpus import read_text
     from hope_jax.training.load import load_run
-    from hope_jax.training.run_dir import read_seen_bytes
+    from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
 
-    data = np.frombuffer(read_text(path), np.uint8)
+    text = np.frombuffer(read_text(path), np.uint8)
+    vocabulary = run_vocabulary(run_dir)
+    data = vocabulary.encode([text.tobytes().decode()])[0]
     run = load_run(run_dir)
-    bpb = evaluate(run.program, run.state.params, data, run.config)
+    bpb = evaluate(run.program, run.state.params, data, run.config, bytes_per_token=text.size / data.size)
+    unit = "bytes" if vocabulary.name == BYTES else "tokens"
     line = (
-        f"{path}: {bpb:.3f} bits per byte over {data.size - 1:,} bytes, in windows of {run.config.seq_len} "
-        f"({run_dir} at step {int(run.state.step)}; {describe_compressors(data)})"
+        f"{path}: {bpb:.3f} bits per byte over {data.size - 1:,} {unit}, in windows of {run.config.seq_len} "
+        f"({run_dir} at step {int(run.state.step)}; {describe_compressors(text)})"
     )
     unseen = int((~np.isin(data, read_seen_bytes(run_dir))).sum())
-    return line + (f"\nnote: {unseen:,} of the bytes have values that never occurred in training" if unseen else "")
+    return line + (f"\nnote: {unseen:,} of the {unit} have values that never occurred in training" if unseen else "")

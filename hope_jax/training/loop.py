@@ -96,10 +96,11 @@ def train(
 
 def _opening(config: TrainConfig, program: Program) -> str:
     tokens = config.steps * config.batch_size * config.seq_len
+    unit = "bytes" if config.tokenizer == "bytes" else "tokens"
     devices = list(program.mesh.devices.flat)
     return (
         f"{config.model.name}, {count(program.abstract_state.params):,} parameters, {config.steps} steps of "
-        f"{config.batch_size} x {config.seq_len} bytes ({tokens / 1e6:.1f} MB) "
+        f"{config.batch_size} x {config.seq_len} {unit} ({tokens / 1e6:.1f} M{unit[0].upper()}) "
         f"on {len(devices)} x {devices[0].device_kind}"
     )
 

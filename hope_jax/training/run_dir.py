@@ -1,6 +1,6 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
-RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  ckpt/<step>/{state, meta}
+RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  loss.png  ckpt/<step>/{state, meta}
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from hope_jax.training.config import (
 from hope_jax.training.errors import UserError
 from hope_jax.training.metrics import METRICS_FILE
 from hope_jax.training.mixture import Mixture
+from hope_jax.training.vocabulary import BYTES, TOKENIZER_FILE, Vocabulary, load_vocabulary
 
 CORPUS_FILE = "corpus.json"
-BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
 
@@ -69,6 +69,8 @@ def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: boo
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_corpus_facts(corpus, run_dir)
+        if config.tokenizer != BYTES:
+            shutil.copyfile(config.tokenizer, run_dir / TOKENIZER_FILE)
         write_config(config, run_dir)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
@@ -88,7 +90,7 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, LOSS_PLOT):
+    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, LOSS_PLOT):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
@@ -98,7 +100,7 @@ def remove_run(run_dir: Path) -> None:
 
 
 def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
-    """Writes corpus.json: sizes, fingerprint and the byte values seen in training.
+    """Writes corpus.json: sizes, fingerprint and the byte values (or tokens) seen in training.
 
     Raises:
       UserError: the run was trained on other text.
@@ -106,7 +108,7 @@ def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
     path = run_dir / CORPUS_FILE
     facts = {
         "name": corpus.name,
-        "train_bytes": corpus.train_tokens,
+        "train_bytes": corpus.train_tokens,  # of a tokenised corpus: tokens
         "validation_bytes": corpus.validation.size,
         "sha256": corpus.sha256,
         "seen_bytes": corpus.seen_bytes,
@@ -120,9 +122,14 @@ def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
 
 
 def read_seen_bytes(run_dir: Path) -> list[int]:
-    """The byte values that occurred in the training text of a run."""
+    """The byte values (or tokens) that occurred in the training text of a run."""
     read_config(run_dir)  # says so when there is no run at all
     return read_corpus_facts(run_dir)["seen_bytes"]
+
+
+def run_vocabulary(run_dir: Path) -> Vocabulary:
+    """What the tokens of a run are, by the run's own copy of the tokenizer."""
+    return load_vocabulary(BYTES if read_config(run_dir).tokenizer == BYTES else str(run_dir / TOKENIZER_FILE))
 
 
 def read_corpus_facts(run_dir: Path) -> dict[str, Any]:
@@ -136,7 +143,8 @@ def read_corpus_facts(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} holds no {CORPUS_FILE}; it is not a complete run, train it again")
     try:
         facts = json.loads(path.read_text())
-        whole = isinstance(facts["sha256"], str) and bool(facts["seen_bytes"]) and set(facts["seen_bytes"]) <= BYTES
+        seen = facts["seen_bytes"]
+        whole = isinstance(facts["sha256"], str) and bool(seen) and all(type(v) is int and v >= 0 for v in seen)
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
