@@ -246,7 +246,7 @@ def _data(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     from hope_jax.training.inspection import inspect
 
-    inspect(arguments.source, arguments.overrides, Console(highlight=False, emoji=False))
+    inspect(arguments.source, arguments.overrides, Console(highlight=False, soft_wrap=True, emoji=False))
     return 0
 
 

@@ -63,6 +63,7 @@ class TrainConfig:
     # each starts empty. "carry": each row reads one stream and its memory goes on from step to step; "carry_reset"
     # empties it where a document begins.
     documents: Literal["ignore", "reset", "carry", "carry_reset"] = "ignore"
+    document_multiple: int = 0  # documents begin at multiples of it: larger is faster and pads more; 0: the least
     seed: int = 0
 
     steps: int = 600
@@ -91,6 +92,7 @@ class TrainConfig:
         _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "clip_norm")
         _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
+        _check_not_negative(self, "document_multiple")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2")
         self._check_model()
         self._check_documents()
@@ -133,16 +135,22 @@ class TrainConfig:
                 f"documents={self.documents}: the attention cache of model={self.model.name} is full after "
                 f"model.max_length={self.model.max_length} tokens; give documents=reset or a model with a memory"
             )
+        least = segment_length(self.model)
+        if self.segment % least:
+            raise UserError(
+                f"document_multiple={self.document_multiple} must be a multiple of {least}, the tokens that "
+                f"model={self.model.name} reads at once; leave it out for the least"
+            )
         if self.documents in ("reset", "carry_reset") and self.seq_len % self.segment:
             raise UserError(
                 f"seq_len={self.seq_len}: with documents={self.documents} each document begins at a multiple of "
-                f"{self.segment} tokens, the chunks of model={self.model.name}; make seq_len a multiple of it"
+                f"{self.segment} tokens; make seq_len a multiple of it"
             )
 
     @property
     def segment(self) -> int:
         """Documents begin at multiples of this many tokens where the memory starts afresh with them."""
-        return segment_length(self.model)
+        return self.document_multiple or segment_length(self.model)
 
     @property
     def carries(self) -> bool:

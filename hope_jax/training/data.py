@@ -140,10 +140,11 @@ class DocumentBatches:
         return np.random.default_rng([self.seed, epoch]).permutation(self.windows)
 
 
-class _Source(NamedTuple):
+class _Source:
     """The rows of one text as a grain source."""
 
-    batches: TrainBatches | DocumentBatches
+    def __init__(self, batches: TrainBatches | DocumentBatches):
+        self.batches = batches
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -173,10 +174,8 @@ class MixedBatches:
 
     def rows(self, step: int, low: int, high: int) -> Any:
         """Rows low to high of the batch of a step."""
-        made = [self._mixed[step * self.batch + i] for i in range(low, high)]
-        if isinstance(made[0], Batch):
-            return stack(made)
-        return np.stack([one.astype(np.result_type(*made)) for one in made])
+        made: list[Any] = [self._mixed[step * self.batch + i] for i in range(low, high)]
+        return stack(made) if isinstance(made[0], Batch) else np.stack(made)
 
 
 class LaneBatches:

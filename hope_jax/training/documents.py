@@ -3,6 +3,11 @@
 A model with a memory reads a row in segments of equal length, and before a segment in which a document begins its
 state is reset: nothing of the document before is in it, and no gradient goes back across. Full attention reads the
 row at once and compares document numbers instead.
+
+The chunk-parallel paths need to know where all rows are in their chunks. Segments end where every chunk does, so a
+memory is always at a boundary. A level that adapts in the sequence is not: its last chunk waits for the token after
+it, except in a fresh row. So such a model reads a segment twice where a document begins in some row, as a fresh row
+and as one that goes on, and each row takes its own. With full attention besides it goes token by token.
 """
 
 from typing import Any
@@ -36,12 +41,25 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
         state, logits_BTV = lm.apply(params, state, tokens_BT, phase=0, mask_BT=number_BT)
         return state, _cross_entropy(logits_BTV, targets_BT)
     segments = batch.starts.shape[1]
-    phase = _phase(model, batch.tokens.shape[1] // segments)
+    length = batch.tokens.shape[1] // segments
+    whole = all(length % chunk == 0 for chunk in (model.chunk_proj, model.chunk_mem, *model.fast_chunks))
+    waits = whole and bool(model.fast_chunks) and not model.architecture.cache
 
     def read(state, segment):
         tokens_BG, targets_BG, mask_BG, start_B = segment
-        state = lm.reset(params, state, start_B)
-        state, logits_BGV = lm.apply(params, state, tokens_BG, phase=phase, mask_BT=mask_BG)
+
+        def apply(state, phase):
+            return lm.apply(params, state, tokens_BG, phase=phase, mask_BT=mask_BG)
+
+        def read_both_ways(state):
+            fresh = apply(lm.init_state(params, start_B.shape[0]), 0)
+            return jax.tree.map(lambda new, old: jnp.where(_rows(start_B, old), new, old), fresh, apply(state, length))
+
+        if waits:
+            after = jax.lax.cond(start_B.any(), read_both_ways, lambda state: apply(state, length), state)
+        else:
+            after = apply(lm.reset(params, state, start_B), 0 if whole and not model.fast_chunks else None)
+        state, logits_BGV = after
         return state, _cross_entropy(logits_BGV, targets_BG)
 
     def cut(x_BT):  # [B, T] -> [S, B, T / S]
@@ -52,15 +70,9 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
     return state, jnp.swapaxes(losses_SBG, 0, 1).reshape(mask_BT.shape)
 
 
-def _phase(model: ModelConfig, length: int) -> int | None:
-    """What the model is told about its clocks at the start of a segment: at a boundary, when all its chunks end there.
-
-    An open chunk of a level that adapts in the sequence waits for the token after it, so its rows differ: None.
-    """
-    if model.fast_chunks:
-        return None
-    return 0 if length % model.chunk_proj == 0 and length % model.chunk_mem == 0 else None
+def _rows(flag_B: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(flag_B, tuple(range(1, like.ndim)))
 
 
-def _cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def _cross_entropy(logits_BTV: jax.Array, targets_BT: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)

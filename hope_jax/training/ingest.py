@@ -74,7 +74,7 @@ def ingest(name: str, column: str, vocabulary: Vocabulary, say: Callable[[str], 
 
 
 def _word(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-")[:40] or "data"
+    return re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-.")[:40] or "data"
 
 
 def _key(name: str, column: str, vocabulary: Vocabulary) -> str:
@@ -120,10 +120,12 @@ class _Half:
         self.bytes += text_bytes
 
     def move_tail(self, other: "_Half", dtype: np.dtype) -> None:
-        """Gives the last document, or the last tenth of the only one, to the other half."""
+        """Gives the last document to the other half; of one that is longer than a tenth of all, the end."""
         self.file.flush()
-        whole = len(self.starts) > 1
-        cut = self.starts.pop() if whole else self.tokens - self.tokens // 10
+        most = min(max(2, self.tokens // 10), VALIDATION_TOKENS)
+        cut = max(self.starts[-1], self.tokens - most)
+        if 0 < cut == self.starts[-1]:
+            self.starts.pop()
         tail = np.fromfile(self.path, dtype, offset=cut * self._width)
         share = round(self.bytes * tail.size / self.tokens)  # of the bytes, as near as is known
         other.begin()

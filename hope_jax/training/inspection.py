@@ -53,7 +53,7 @@ def inspect(what: str, overrides: Sequence[str], console: Console) -> None:
 
 def _vocabulary_size(overrides: Sequence[str]) -> list[str]:
     """Without a preset there is no model to fit: its vocabulary is that of the tokenizer."""
-    given = dict(override.partition("=")[::2] for override in overrides)
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     tokenizer = given.get("tokenizer", BYTES)
     if tokenizer == BYTES or "model.vocab_size" in given:
         return []

@@ -49,7 +49,7 @@ class Lanes:
         """What a lane reads in a step, without the batch axis."""
         epoch, nth = divmod(step, self.steps)
         first = (lane * self.steps + nth) * self.length
-        return self._cut(epoch, first) if self.multiple else self._join(epoch, first)
+        return self._cut(epoch, first) if self.multiple else self._join(epoch, first, step == 0)
 
     def _cut(self, epoch: int, first: int) -> Batch:
         """With a boundary between documents."""
@@ -60,15 +60,15 @@ class Lanes:
             made.starts[slot // self.multiple] |= whole
         return made
 
-    def _join(self, epoch: int, first: int) -> Batch:
-        """Without one."""
+    def _join(self, epoch: int, first: int, first_of_run: bool) -> Batch:
+        """Without one; only the first row of a run starts afresh."""
         read = np.zeros(self.length + 1, self.text.dtype)
         filled = 0
         for begin, count, slot, _ in self._spans(epoch, first, self.length + 1):
             read[slot : slot + count] = self.text[begin : begin + count]
             filled = slot + count
         weights = (np.arange(1, self.length + 1) < filled).astype(np.float32)
-        return Batch(read[:-1], read[1:], weights, np.zeros(1, bool))
+        return Batch(read[:-1], read[1:], weights, np.array([first_of_run]))
 
     def _spans(self, epoch: int, first: int, length: int):
         """Of the places from `first` on: (place in the text, tokens, place in the row, whether a document begins)."""

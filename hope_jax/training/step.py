@@ -67,9 +67,10 @@ def build_program(config: TrainConfig) -> Program:
     """
     mesh = make_mesh(config.mesh)
     tx = build_optimizer(config)
+    lanes = config.batch_size if config.carries else 0
     try:
         lm = build_lm(config.model)
-        shapes = jax.eval_shape(lambda: init_state(lm, tx, config))
+        shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed, lanes))
     except ValueError as error:
         raise UserError(one_line(error)) from error
     batch, scalar = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
@@ -78,7 +79,7 @@ def build_program(config: TrainConfig) -> Program:
         lm=lm,
         mesh=mesh,
         abstract_state=jax.tree.map(_place, shapes, placed),
-        init=jax.jit(lambda: init_state(lm, tx, config), out_shardings=placed),
+        init=jax.jit(lambda: init_state(lm, tx, config.seed, lanes), out_shardings=placed),
         train_step=jax.jit(
             make_train_step(lm, tx, config),
             in_shardings=(placed, batch),
@@ -95,12 +96,12 @@ def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def init_state(lm: Any, tx: optax.GradientTransformation, config: TrainConfig) -> TrainState:
-    """The state before the first step."""
+def init_state(lm: Any, tx: optax.GradientTransformation, seed: int, lanes: int = 0) -> TrainState:
+    """The state before the first step; `lanes` rows carry their fast state from step to step."""
     # A weakly typed leaf would be strong after the first update, and the step would compile a second time.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(config.seed)))
-    lanes = lm.init_state(params, config.batch_size) if config.carries else ()
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), lanes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
+    carried = lm.init_state(params, lanes) if lanes else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), carried)
 
 
 def token_losses(lm: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:

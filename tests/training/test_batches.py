@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def corpus(tokens=TOKENS, starts=STARTS):
     return Corpus("text", tokens, tokens[:0], starts, starts[:0], facts)
 
 
-def batches(documents, corpora=None, shares=(1.0,), rows=ROWS, seed=0):
+def batches(documents, corpora=None, shares=(1.0,), rows=ROWS, seed=0) -> Any:
     model = ModelConfig(name="delta_net", dim=16, heads=2, layers=1)
     config = TrainConfig(model=model, documents=documents, seq_len=LENGTH, batch_size=rows, seed=seed)
     assert config.segment == MULTIPLE
@@ -102,7 +103,7 @@ def test_a_lane_goes_on_from_step_to_step(documents):
         np.testing.assert_array_equal(before.targets[on, -1], after.tokens[on, 0])
         assert documents == "carry_reset" or on[:-1].all()
     flags = np.concatenate([batch.starts for batch in whole])
-    assert flags.any() == (documents == "carry_reset")
+    assert flags[:ROWS, 0].all() and flags[ROWS:].any() == (documents == "carry_reset")
 
 
 def test_only_long_documents_are_cut_and_windows_are_full():
@@ -172,5 +173,7 @@ def test_configs_that_do_not_fit():
     assert dataclasses.replace(attention, documents="reset", seq_len=33).segment == 1
     with pytest.raises(UserError, match=r"seq_len=40: with documents=reset .* multiple of 16 tokens"):
         TrainConfig(seq_len=40, documents="reset")
+    with pytest.raises(UserError, match="document_multiple=24 must be a multiple of 16"):
+        TrainConfig(seq_len=48, documents="reset", document_multiple=24)
     with pytest.raises(UserError, match=r"no document .* two tokens"):
         batches("reset", [corpus(*text([1, 1]))])

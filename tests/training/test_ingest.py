@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
         texts = TEXTS if corpus is not found[-1] else TEXTS[:20]
         split = documents(corpus) + documents(corpus, "validation")
         assert sorted(split) == sorted(text.encode() + b"\0" for text in texts)
-        assert corpus.facts["train"]["bytes"] == corpus.train.size - len(documents(corpus))
+        assert corpus.bytes("train") == corpus.train.size - len(documents(corpus))
     assert len({corpus.sha256 for corpus in found}) == 2
     assert isinstance(found[0].train, np.memmap) and 0 < found[0].validation.size < found[0].train.size / 4
 
@@ -63,7 +63,9 @@ def test_the_split_is_by_document_and_ignores_order_and_copies(tmp_path):
     assert not set(documents(forward)) & set(documents(forward, "validation"))
 
 
-@pytest.mark.parametrize(("texts", "held_out"), [(["one " * 20], b"e one \0"), (["first", "second"], b"second\0")])
+@pytest.mark.parametrize(
+    ("texts", "held_out"), [(["one " * 20], b"e one \0"), (["first " * 30, "second"], b"second\0")]
+)
 def test_something_is_always_held_out(tmp_path, texts, held_out):
     corpus = ingest(write(tmp_path / "a.jsonl", texts), "text", BYTES)
     assert documents(corpus, "validation") == [corpus.validation.tobytes()]
