@@ -149,8 +149,8 @@ class _Source:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, item: int) -> Any:
-        return self.batches.row(item)
+    def __getitem__(self, index: int) -> Any:
+        return self.batches.row(index)
 
 
 class MixedBatches:
