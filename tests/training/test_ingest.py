@@ -63,6 +63,13 @@ def test_the_split_is_by_document_and_ignores_order_and_copies(tmp_path):
     assert not set(documents(forward)) & set(documents(forward, "validation"))
 
 
+def test_no_document_is_held_out_beyond_the_bound_but_copies_of_one_that_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "VALIDATION_TOKENS", 1)
+    corpus = ingest(write(tmp_path / "a.jsonl", TEXTS + TEXTS), "text", BYTES)
+    held_out = documents(corpus, "validation")
+    assert len(held_out) == TEXTS.count(held_out[0][:-1].decode()) * 2 and len(set(held_out)) == 1
+
+
 @pytest.mark.parametrize(
     ("texts", "held_out"), [(["one " * 20], b"e one \0"), (["first " * 30, "second"], b"second\0")]
 )
