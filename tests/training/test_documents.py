@@ -140,7 +140,8 @@ def test_two_steps_that_carry_read_as_one_long_row(documents, name):
     if documents == "carry":
         targets, fresh = long.targets.astype(np.int32), lm.init_state(params, config.batch_size)
         mask = long.weights > 0
-        _, logits = jax.jit(lambda x: lm.apply(params, fresh, x, phase=0, mask_BT=mask))(long.tokens)
+        read = jax.jit(lambda params, x: lm.apply(params, fresh, x, phase=0, mask_BT=mask))
+        _, logits = read(params, long.tokens)
         both = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     else:
         both = losses(config.model, lm)(params, lm.init_state(params, config.batch_size), long)
