@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest bytes (default: all)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     generate.set_defaults(function=_generate)
+    _add_data(commands)
     _add_bench(commands)
     _add_compiled(commands)
     return parser
@@ -116,6 +117,31 @@ def _add_watch(commands: "argparse._SubParsersAction[_Parser]") -> None:
     plot.add_argument("--out", type=Path, default=Path("runs.png"), metavar="FILE", help="default: runs.png")
     plot.add_argument("--x", choices=["steps", "tokens", "time"], default="steps", help="over what (default: steps)")
     plot.set_defaults(function=_plot)
+
+
+def _add_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    data = commands.add_parser(
+        "data",
+        help="look at what a run reads: hope data inspect FILE",
+        description="Tokens, documents, packing and three samples of what a run reads.",
+        epilog=_DATA_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    data.add_argument("what", choices=["inspect"], help="what to do")
+    data.add_argument("source", metavar="PRESET|SOURCE", help="a preset, or what data= takes")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="for example documents=reset seq_len=1024")
+    data.set_defaults(function=_data)
+
+
+_DATA_EXAMPLES = """a SOURCE is a file, a folder or a pattern (.jsonl .parquet .arrow .txt), or hub:NAME[@CONFIG];
+several with weights are SOURCE:WEIGHT,SOURCE:WEIGHT. Read once, it lies in $HOPE_JAX_CACHE (default ~/.cache/hope_jax).
+
+examples:
+  hope data inspect tiny
+  hope data inspect 'web/*.parquet:0.7,books.jsonl:0.3' documents=reset seq_len=1024
+  hope data inspect notes.jsonl text_column=body tokenizer=tokenizer.json
+"""
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -200,6 +226,7 @@ def _stranger(word: str, command: str) -> str:
         "watch": ["--once"],
         "plot": ["--out", "--x"],
         "eval": ["--data"],
+        "data": ["--help"],
         "generate": ["--prompt", "--max-bytes", "--temperature", "--top-k", "--seed"],
         "shard-report": ["--mesh", "--json"],
         "aot": ["--topology", "--slices", "--mesh", "--json"],
@@ -315,6 +342,16 @@ def _generate(arguments: argparse.Namespace, argv: list[str]) -> int:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _data(arguments: argparse.Namespace, argv: list[str]) -> int:
+    del argv
+    from rich.console import Console
+
+    from hope_jax.training.inspection import inspect
+
+    inspect(arguments.source, arguments.overrides, Console(highlight=False, soft_wrap=True, emoji=False))
     return 0
 
 

@@ -35,7 +35,7 @@ def test_importing_a_layer_imports_none_above_it(name):
 
 ROOT = Path(__file__).parent.parent
 FLAX = {"flax"}
-TRAINING = {"orbax", "datasets", "grain", "rich", "matplotlib", "yaml", "tensorboardX"}
+TRAINING = {"orbax", "datasets", "grain", "rich", "matplotlib", "yaml", "tensorboardX", "tokenizers"}
 SOURCES = {
     "kernels/hope_kernels": {"hope_jax", "experiments", "optax"} | FLAX | TRAINING,
     "hope_jax": {"hope_jax.models", "hope_jax.training", "experiments"} | FLAX | TRAINING,

@@ -63,7 +63,8 @@ class Attention(nnx.Module):
           r_BTD: normalised input.
           cache: the past.
           phase: number of tokens in the cache when it is known while tracing: then only those slots are read.
-          mask_BT: False at padding, which neither attends nor is attended to.
+          mask_BT: False at padding, which neither attends nor is attended to; or numbers of documents (int32), which
+            do not attend to each other, 0 at padding, in the one call that fills an empty cache (`phase=0`).
 
         Returns:
           The cache with these tokens and `y_BTD`. A row that overflows the cache, or whose cache does not
@@ -72,6 +73,7 @@ class Attention(nnx.Module):
         B, T, _ = r_BTD.shape
         self._check_length(T, phase)
         mask_BT = jnp.ones((B, T), bool) if mask_BT is None else mask_BT
+        document_BT, mask_BT = (None, mask_BT) if mask_BT.dtype == bool else (mask_BT, mask_BT > 0)
         position_BT = cache.position_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         q_BTHK, k_BTHK, v_BTHK = (self._heads(matmul(r_BTD, w)) for w in (self.wq, self.wk, self.wv))
         q_BTHK, k_BTHK = (rotate(a, position_BT, self.theta, self.scaling) for a in (q_BTHK, k_BTHK))
@@ -79,6 +81,8 @@ class Attention(nnx.Module):
         cache, seen, usable_B = _write(cache, k_BTHK, v_BTHK, mask_BT, phase)
         slot = jnp.arange(seen.key_BSHK.shape[1], dtype=jnp.int32)
         allowed_BTS = (slot[None, None, :] <= position_BT[:, :, None]) & seen.valid_BS[:, None, :]
+        if document_BT is not None:
+            allowed_BTS &= document_BT[:, :, None] == document_BT[:, None, :]
         y_BTHK = _attend(q_BTHK, seen.key_BSHK, seen.value_BSHK, allowed_BTS)
         y_BTD = jnp.where(mask_BT[:, :, None], y_BTHK.reshape(B, T, -1), 0)
         return cache, matmul(jnp.where(usable_B[:, None, None], y_BTD, jnp.nan), self.wo)

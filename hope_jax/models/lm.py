@@ -23,7 +23,8 @@ class LM(NamedTuple):
       `phase` is the number of tokens every row of this state has read, when the caller knows it while tracing
       (0 for a fresh state); it selects the chunk-parallel path. None works for every state, row by row.
       `mask_BT` is False at padding, which neither attends, is attended to, nor writes; its logits mean
-      nothing.
+      nothing. Where attention is the only memory, a fresh state read with phase=0 also takes int32 numbers of
+      documents, 0 at padding: they do not see each other.
     - `reset(params, state, rows_B) -> state`: the flagged rows start again (a document boundary); other rows
       have a different phase from then on, so call `apply` with `phase=None`, or flag every row.
     """
@@ -63,7 +64,7 @@ def skeleton(config: ModelConfig) -> LM:
         phase: int | None = None,
         mask_BT: jax.Array | None = None,
     ) -> tuple[Any, jax.Array]:
-        check_call(state, tokens_BT, phase, mask_BT)
+        check_call(state, tokens_BT, phase, mask_BT, numbers=config.architecture.cache)
         rest = {name: value for name, value in params.items() if name != "blocks"}
 
         @recompute
@@ -93,8 +94,13 @@ def reset_rows(init_state: Callable[[Params, int], Any]) -> Callable[[Params, An
     return reset
 
 
-def check_call(state: Any, tokens_BT: jax.Array, phase: int | None, mask_BT: jax.Array | None) -> None:
-    """Refuse tokens that are not `[B, T]` integers, a state of another batch, a wrong mask or phase."""
+def check_call(
+    state: Any, tokens_BT: jax.Array, phase: int | None, mask_BT: jax.Array | None, *, numbers: bool = False
+) -> None:
+    """Refuse tokens that are not `[B, T]` integers, a state of another batch, a wrong mask or phase.
+
+    `numbers`: with phase 0 the mask may be numbers of documents.
+    """
     if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers of shape [batch, time]; got {tokens_BT.dtype}{list(tokens_BT.shape)}")
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(state)}
@@ -103,7 +109,8 @@ def check_call(state: Any, tokens_BT: jax.Array, phase: int | None, mask_BT: jax
             f"tokens have {tokens_BT.shape[0]} rows, the state has {sorted(rows)}; make it with "
             f"init_state(params, {tokens_BT.shape[0]})"
         )
-    if mask_BT is not None and (mask_BT.shape != tokens_BT.shape or mask_BT.dtype != bool):
+    kinds = (bool, jnp.int32) if numbers and phase == 0 else (bool,)
+    if mask_BT is not None and (mask_BT.shape != tokens_BT.shape or mask_BT.dtype not in kinds):
         raise TypeError(f"mask must be bool of shape {list(tokens_BT.shape)}; got {mask_BT.dtype}{list(mask_BT.shape)}")
     if phase is not None and not (isinstance(phase, int) and phase >= 0):
         raise TypeError(f"phase must be None or a Python integer, 0 or more; got {phase!r}")

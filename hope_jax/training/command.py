@@ -9,11 +9,12 @@ from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import describe_compressors
-from hope_jax.training.generate import check_prompt, generate_bytes, text_pieces
+from hope_jax.training.generate import encode_prompt, generate_bytes, token_pieces
 from hope_jax.training.loop import Result, train
 from hope_jax.training.overrides import unknown
 from hope_jax.training.profile import Steps
 from hope_jax.training.versus import OTHERS, comparison, opponent, train_opponent
+from hope_jax.training.vocabulary import BYTES
 
 SAMPLE_PROMPT_BYTES = 48
 _WRITTEN = ("config.yaml", "metrics.jsonl", "events.*", "goodput.json", "loss.png", "ckpt/")
@@ -76,16 +77,18 @@ def _show_result(result: Result, console: Console, again: str) -> None:
             markup=False,
         )
     console.print(result.corpus.describe(), markup=False)
+    compressors = ""
+    if result.corpus.vocabulary.name == BYTES:
+        compressors = f"; compressors on the same text: {describe_compressors(result.corpus.validation)}"
     console.print(
         f"validation: {result.validation_bpb:.3f} bits per byte after {result.seconds:.0f} s "
-        f"({result.tokens_per_second or 0:,.0f} tokens/s; compressors on the same text: "
-        f"{describe_compressors(result.corpus.validation)})",
+        f"({result.tokens_per_second or 0:,.0f} tokens/s{compressors})",
         markup=False,
     )
 
 
 def sample_lengths(model: ModelConfig, sample_bytes: int) -> tuple[int, int]:
-    """Bytes of prompt and of continuation: together they fit an attention cache, a recurrent memory has no limit.
+    """Bytes (tokens) of prompt and continuation: together they fit an attention cache, a memory has no limit.
 
     >>> sample_lengths(ModelConfig(name="transformer", max_length=32), sample_bytes=300)
     (16, 16)
@@ -104,9 +107,10 @@ def _show_sample(result: Result, console: Console) -> None:
     if not prompt_bytes:
         console.print(f"no sample: model.max_length={result.config.model.max_length} has no room for one", markup=False)
         return
-    opening = result.corpus.validation[:prompt_bytes].tobytes()
-    seen = result.corpus.seen_bytes
-    prompt = check_prompt(bytes(value for value in opening if value in seen), seen)
+    vocabulary, seen = result.corpus.vocabulary, result.corpus.seen_bytes
+    known = set(seen) - {vocabulary.end}
+    opening = [value for value in result.corpus.validation[:prompt_bytes].tolist() if value in known]
+    prompt = opening or encode_prompt("", vocabulary, seen)
     values = generate_bytes(
         result.program.lm,
         result.state.params,
@@ -114,8 +118,9 @@ def _show_sample(result: Result, console: Console) -> None:
         seen_bytes=seen,
         max_bytes=sample_bytes,
         seed=result.config.seed,
+        end=vocabulary.end,
     )
-    sample = prompt.decode(errors="replace") + "".join(text_pieces(values))
+    sample = vocabulary.decode(prompt) + "".join(token_pieces(values, vocabulary))
     console.rule("sample")
     console.print(sample, markup=False)
     console.rule()

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -71,7 +72,14 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    data: str = "embedded"  # or the path of a text file
+    data: str = "embedded"  # or a file, folder, pattern or hub:NAME; several as SOURCE:WEIGHT,SOURCE:WEIGHT
+    text_column: str = "text"  # of tables
+    tokenizer: str = "bytes"  # or the path of a tokenizers JSON file
+    # "ignore": windows are cut anywhere, the memory starts empty in each. "reset": documents are packed into windows,
+    # each starts empty. "carry": each row reads one stream and its memory goes on from step to step; "carry_reset"
+    # empties it where a document begins.
+    documents: Literal["ignore", "reset", "carry", "carry_reset"] = "ignore"
+    document_multiple: int = 0  # documents begin at multiples of it: larger is faster and pads more; 0: the least
     seed: int = 0
 
     steps: int = 600
@@ -102,8 +110,10 @@ class TrainConfig:
         _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "clip_norm")
         _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
+        _check_not_negative(self, "document_multiple")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
         self._check_model()
+        self._check_documents()
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
@@ -134,13 +144,41 @@ class TrainConfig:
 
     def _check_model(self) -> None:
         check_sequence_length(self.model, self.seq_len)
-        if self.model.vocab_size != 256:
+        if self.tokenizer == "bytes" and self.model.vocab_size != 256:
             raise UserError(f"model.vocab_size={self.model.vocab_size}: the data are bytes, so it must be 256")
         if self.model.architecture.cache and self.seq_len > self.model.max_length:
             raise UserError(
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
                 f"{self.model.max_length}; make one smaller or the other larger"
             )
+
+    def _check_documents(self) -> None:
+        if self.carries and self.model.architecture.cache:
+            raise UserError(
+                f"documents={self.documents}: the attention cache of model={self.model.name} is full after "
+                f"model.max_length={self.model.max_length} tokens; give documents=reset or a model with a memory"
+            )
+        least = segment_length(self.model)
+        if self.segment % least:
+            raise UserError(
+                f"document_multiple={self.document_multiple} must be a multiple of {least}, the tokens that "
+                f"model={self.model.name} reads at once; leave it out for the least"
+            )
+        if self.documents in ("reset", "carry_reset") and self.seq_len % self.segment:
+            raise UserError(
+                f"seq_len={self.seq_len}: with documents={self.documents} each document begins at a multiple of "
+                f"{self.segment} tokens; make seq_len a multiple of it"
+            )
+
+    @property
+    def segment(self) -> int:
+        """Documents begin at multiples of this many tokens where the memory starts afresh with them."""
+        return self.document_multiple or segment_length(self.model)
+
+    @property
+    def carries(self) -> bool:
+        """Whether memory goes from one step to the next."""
+        return self.documents in ("carry", "carry_reset")
 
     @property
     def schedule_steps(self) -> int:
@@ -151,6 +189,23 @@ class TrainConfig:
     def microbatch(self) -> int:
         """Windows per microbatch."""
         return self.batch_size // self.accumulate
+
+
+MIN_SEGMENT = 16  # tokens; shorter segments would be mostly overhead
+
+
+def segment_length(model: ModelConfig) -> int:
+    """The least number of tokens that a model reads at once where its memory may start afresh before any of them.
+
+    Attention hides documents from each other token by token; a memory starts a document with a whole chunk.
+
+    >>> segment_length(ModelConfig(chunk_proj=4, chunk_mem=12)), segment_length(ModelConfig(name="transformer"))
+    (24, 1)
+    """
+    if model.architecture.cache and not model.fast_chunks:
+        return 1
+    chunk = math.lcm(model.chunk_proj, model.chunk_mem, *model.fast_chunks)
+    return chunk * -(-MIN_SEGMENT // chunk)
 
 
 def _check_positive(config: object, *names: str) -> None:

@@ -16,7 +16,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,10 @@ LEFT_OUT |= {"pydoc_data", "site-packages", "test", "tests", "tkinter", "turtled
 MACHINE_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
+HALVES = ("train", "validation")
+ONE_DOCUMENT = np.zeros(1, np.int64)
+
+
 class Document(NamedTuple):
     """A text that is never divided between training and validation."""
 
@@ -49,25 +53,37 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Training and validation text, byte level."""
+    """Training and validation text as tokens, one document after the other."""
 
     name: str
-    train: np.ndarray  # [train bytes] uint8
-    validation: np.ndarray  # [validation bytes] uint8
+    train: np.ndarray  # [training tokens] uint8 (bytes), uint16 or uint32; mapped from the disk if it was ingested
+    validation: np.ndarray  # [validation tokens]
+    train_starts: np.ndarray = ONE_DOCUMENT  # [training documents] int64, where each begins
+    validation_starts: np.ndarray = ONE_DOCUMENT  # [validation documents] int64
+    facts: Mapping[str, Any] | None = None  # what was found out when it was ingested; None for bytes in memory
 
     @property
     def seen_bytes(self) -> list[int]:
-        """The byte values that occur in the training text, ascending."""
+        """The byte values (of a tokenised corpus: the tokens) that occur in the training text, ascending."""
+        if self.facts is not None:
+            return self.facts["train"]["seen"]
         return np.flatnonzero(np.bincount(self.train, minlength=256)).tolist()
 
     @property
     def sha256(self) -> str:
         """A fingerprint of both halves: a resumed run must read the same text."""
+        if self.facts is not None:
+            return hashlib.sha256("".join(self.facts[half]["sha256"] for half in HALVES).encode()).hexdigest()
         return hashlib.sha256(self.train.tobytes() + b"\0" + self.validation.tobytes()).hexdigest()
+
+    def bytes(self, half: str) -> int:
+        """Bytes of text in a half, "train" or "validation"; end tokens are none."""
+        return self.facts[half]["bytes"] if self.facts is not None else getattr(self, half).size
 
     def describe(self) -> str:
         """One line with the sizes."""
-        return f"{self.name}: {self.train.size:,} training bytes, {self.validation.size:,} validation bytes"
+        unit = "bytes" if self.facts is None else "tokens"
+        return f"{self.name}: {self.train.size:,} training {unit}, {self.validation.size:,} validation {unit}"
 
 
 def embedded_corpus() -> Corpus:
@@ -88,6 +104,8 @@ def embedded_corpus() -> Corpus:
         name="embedded (Python's language reference and standard library)",
         train=join(prose_train + code_train),
         validation=join(prose_validation + code_validation),
+        train_starts=starts(prose_train + code_train),
+        validation_starts=starts(prose_validation + code_validation),
     )
 
 
@@ -179,6 +197,12 @@ def join(documents: list[Document]) -> np.ndarray:
     return np.frombuffer(b"\n".join(document.text for document in documents), dtype=np.uint8)
 
 
+def starts(documents: list[Document]) -> np.ndarray:
+    """Where each document begins in `join(documents)`, int64."""
+    sizes = [len(document.text) + 1 for document in documents]
+    return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
+
+
 def is_text(data: bytes) -> bool:
     """Whether `data` is UTF-8 without NUL bytes, which is what we call text."""
     try:
@@ -223,5 +247,5 @@ def file_corpus(path: str | Path, validation_fraction: float = 0.1) -> Corpus:
 
 
 def load_corpus(data: str) -> Corpus:
-    """The corpus that the configuration names: "embedded" or the path of a text file."""
+    """A corpus in memory: "embedded" or the path of a text file."""
     return embedded_corpus() if data == "embedded" else file_corpus(data)

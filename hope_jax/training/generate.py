@@ -1,9 +1,9 @@
-"""Text from a trained model: the prompt in one parallel pass, then one compiled step per byte."""
+"""Text from a trained model: the prompt in one parallel pass, then one compiled step per byte (or token)."""
 
 import codecs
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from hope_jax.models import ModelConfig
 from hope_jax.training.errors import UserError
+from hope_jax.training.vocabulary import BYTES, Vocabulary
 
 SHOWN_UNSEEN = 8
 
@@ -20,30 +21,32 @@ SHOWN_UNSEEN = 8
 def generate_bytes(
     lm: Any,
     params: Any,
-    prompt: bytes,
+    prompt: Sequence[int],
     *,
     seen_bytes: list[int],
     max_bytes: int,
     temperature: float = 0.8,
     top_k: int = 0,
     seed: int = 0,
+    end: int | None = None,
 ) -> Iterator[int]:
     """Streams a continuation.
 
     Args:
       lm: the model's functions.
       params: its parameters.
-      prompt: at least one byte.
-      seen_bytes: values that occurred in training; no other is ever produced.
+      prompt: at least one byte, or token of a tokenised model.
+      seen_bytes: values (tokens) that occurred in training; no other is ever produced.
       max_bytes: how many to produce.
       temperature: of the distribution; 0 takes the most likely byte.
       top_k: only the k most likely bytes; 0 takes all.
       seed: of the sampling.
+      end: the value that ends a document, and the continuation; it is not yielded.
     Yields:
-      Byte values.
+      Byte values, or tokens.
     """
-    allowed_V = np.isin(np.arange(256), seen_bytes)
-    state, logits_V = _prefill(lm, params, np.frombuffer(prompt, np.uint8)[None])
+    state, logits_V = _prefill(lm, params, np.array([list(prompt)]))
+    allowed_V = np.isin(np.arange(logits_V.size), seen_bytes)
     choose = functools.partial(_choose, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -54,6 +57,8 @@ def generate_bytes(
     root = jax.random.key(seed)
     token = choose(logits_V, jax.random.fold_in(root, 0))
     for i in range(max_bytes):
+        if int(token) == end:
+            return
         yield int(token)
         if i + 1 < max_bytes:
             state, token = step(state, token, jax.random.fold_in(root, i + 1))
@@ -73,7 +78,7 @@ def _prefill(lm: Any, params: Any, tokens_BT: np.ndarray) -> tuple[Any, jax.Arra
 def _choose(logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int) -> jax.Array:
     logits_V = jnp.where(allowed_V, logits_V.astype(jnp.float32), -jnp.inf)
     if top_k:
-        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, 256))[0][-1], -jnp.inf, logits_V)
+        logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, logits_V.size))[0][-1], -jnp.inf, logits_V)
     if temperature == 0:
         return logits_V.argmax().astype(jnp.int32)
     return jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
@@ -89,6 +94,34 @@ def text_pieces(values: Iterable[int]) -> Iterator[str]:
     for value in values:
         yield decoder.decode(bytes([value]))
     yield decoder.decode(b"", final=True)
+
+
+def token_pieces(values: Iterable[int], vocabulary: Vocabulary) -> Iterator[str]:
+    """Tokens as text as soon as a character is complete."""
+    if vocabulary.name == BYTES:
+        yield from text_pieces(values)
+        return
+    tokens: list[int] = []
+    shown = 0
+    for value in values:
+        tokens.append(value)
+        text = vocabulary.decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            shown = len(text)
+    yield vocabulary.decode(tokens)[shown:]
+
+
+def encode_prompt(prompt: str, vocabulary: Vocabulary, seen: list[int]) -> Sequence[int]:
+    """The tokens of a prompt; the end token (or the first that was seen) for an empty one.
+
+    Raises:
+      UserError: of a byte-level model, see `check_prompt`.
+    """
+    if vocabulary.name == BYTES:
+        return check_prompt(prompt.encode("utf-8", "surrogateescape"), seen)
+    tokens = vocabulary.encode([prompt])[0].tolist()
+    return tokens or [vocabulary.end if vocabulary.end in seen else seen[0]]
 
 
 def check_prompt(prompt: bytes, seen_bytes: list[int]) -> bytes:
@@ -112,7 +145,7 @@ def check_length(model: ModelConfig, total: int) -> None:
     """Refuses a text that is longer than the attention cache; a recurrent memory has no such limit."""
     if model.architecture.cache and total > model.max_length:
         raise UserError(
-            f"prompt and continuation are {total} bytes but the attention cache holds {model.max_length}; "
+            f"prompt and continuation are {total} bytes (or tokens) but the attention cache holds {model.max_length}; "
             "lower --max-bytes or shorten the prompt"
         )
 
@@ -127,7 +160,7 @@ def generate_text(
         range.
     """
     from hope_jax.training.load import load_run
-    from hope_jax.training.run_dir import read_seen_bytes
+    from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
 
     for name, value, least in (
         ("max-bytes", max_bytes, 1),
@@ -141,7 +174,8 @@ def generate_text(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed} must be 0 or greater and below 2**63")
     seen_bytes = read_seen_bytes(run_dir)
-    checked = check_prompt(prompt.encode("utf-8", "surrogateescape"), seen_bytes)
+    vocabulary = run_vocabulary(run_dir)
+    checked = encode_prompt(prompt, vocabulary, seen_bytes)
     run = load_run(run_dir)
     check_length(run.config.model, len(checked) + max_bytes)
     values = generate_bytes(
@@ -153,6 +187,7 @@ def generate_text(
         temperature=temperature,
         top_k=top_k,
         seed=seed,
+        end=vocabulary.end,
     )
     yield prompt
-    yield from text_pieces(values)
+    yield from token_pieces(values, vocabulary)

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.corpus import Corpus, load_corpus
-from hope_jax.training.data import TrainBatches
+from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
 from hope_jax.training.interrupt import Interruption
 from hope_jax.training.metrics import MetricsWriter, WeightsAndBiases, check_wandb, read_metrics
+from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
@@ -33,7 +33,7 @@ class Result(NamedTuple):
     run_dir: Path
     config: TrainConfig
     program: Program
-    corpus: Corpus
+    corpus: Mixture
     state: TrainState
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
     interrupted: bool
@@ -76,8 +76,8 @@ def train(
     clock = Clock()
     console = console or Console(quiet=True)
     check_wandb(config)
-    corpus = load_corpus(config.data)
-    batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
+    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
+    batches = training_batches(corpus, config)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
     saved = saved_step(run_dir) if resume else None
@@ -95,7 +95,8 @@ def train(
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
         start = int(state.step)
         with clock.doing("compile"):
-            telemetry = Telemetry(config, clock, seconds_at_peak(config, list(program.mesh.devices.flat)))
+            at_peak = seconds_at_peak(config, list(program.mesh.devices.flat))
+            telemetry = Telemetry(config, clock, at_peak, corpus.bytes_per_token("train"))
         label = config.model.name
         others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb else []
         with (
@@ -116,10 +117,11 @@ def train(
 
 def _opening(config: TrainConfig, program: Program) -> str:
     tokens = config.steps * config.batch_size * config.seq_len
+    unit = "bytes" if config.tokenizer == "bytes" else "tokens"
     devices = list(program.mesh.devices.flat)
     return (
         f"{config.model.name}, {count(program.abstract_state.params):,} parameters, {config.steps} steps of "
-        f"{config.batch_size} x {config.seq_len} bytes ({tokens / 1e6:.1f} MB) "
+        f"{config.batch_size} x {config.seq_len} {unit} ({tokens / 1e6:.1f} M{unit[0].upper()}) "
         f"on {len(devices)} x {devices[0].device_kind}"
     )
 
@@ -149,7 +151,7 @@ class _Run:
         self,
         config: TrainConfig,
         program: Program,
-        corpus: Corpus,
+        corpus: Mixture,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: Display,
@@ -162,18 +164,19 @@ class _Run:
         self.run_dir, self.telemetry, self.trace = run_dir, telemetry, trace
         self.clock, self.times = telemetry.clock, telemetry.times
 
-    def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
+    def steps(self, state: TrainState, batches: Batches, stop: Callable[[], bool]) -> TrainState:
         """Runs to the end or until `stop()`; the state it returns is saved."""
         config = self.config
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
+        made = feed(batches, step, config.steps)
         with self.clock.doing("step"):
             while step < config.steps and not stop():
                 if self.trace.begins(step + 1, state):
                     self.times.pause()
                 with self.clock.doing(kind), self.trace.step(step + 1):
-                    state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
+                    state, metrics = self.program.train_step(state, self.program.put_batch(next(made)))
                 # The host waits for the previous step only: the device already has this one.
                 if sent is not None:
                     self._read(step, sent)
@@ -203,7 +206,15 @@ class _Run:
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
         with self.clock.doing("eval"):
-            bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
+            bpb = evaluate(
+                self.program,
+                state.params,
+                self.corpus.validation,
+                self.config,
+                batches or None,
+                starts=self.corpus.validation_starts,
+                bytes_per_token=self.corpus.bytes_per_token("validation"),
+            )
             distances = jax.device_get(self.program.distances(state.params))
         step = int(state.step)
         known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}

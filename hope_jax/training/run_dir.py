@@ -1,6 +1,7 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
-RUN/config.yaml  corpus.json  metrics.jsonl  events.*  goodput.json  loss.png  profile/  ckpt/<step>/{state, meta}
+RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  goodput.json  loss.png  profile/
+    ckpt/<step>/{state, meta}
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ from hope_jax.training.config import (
     read_config,
     write_config,
 )
-from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.goodput import GOODPUT_FILE
 from hope_jax.training.metrics import METRICS_FILE
+from hope_jax.training.mixture import Mixture
 from hope_jax.training.profile import PROFILE
+from hope_jax.training.vocabulary import BYTES, TOKENIZER_FILE, Vocabulary, load_vocabulary
 
 CORPUS_FILE = "corpus.json"
-BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
 WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
@@ -61,7 +62,7 @@ def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwri
     return dataclasses.replace(config, decay_steps=config.schedule_steps)
 
 
-def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool = False) -> None:
+def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: bool = False) -> None:
     """Makes the directory and writes config.yaml and corpus.json, after removing the run that is replaced.
 
     Raises:
@@ -72,6 +73,8 @@ def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_corpus_facts(corpus, run_dir)
+        if config.tokenizer != BYTES:
+            shutil.copyfile(config.tokenizer, run_dir / TOKENIZER_FILE)
         write_config(config, run_dir)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
@@ -91,7 +94,7 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT):
+    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
@@ -101,8 +104,8 @@ def remove_run(run_dir: Path) -> None:
         remove_run(other)
 
 
-def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
-    """Writes corpus.json: sizes, fingerprint and the byte values seen in training.
+def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
+    """Writes corpus.json: sizes, fingerprint and the byte values (or tokens) seen in training.
 
     Raises:
       UserError: the run was trained on other text.
@@ -110,7 +113,7 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
     path = run_dir / CORPUS_FILE
     facts = {
         "name": corpus.name,
-        "train_bytes": corpus.train.size,
+        "train_bytes": corpus.train_tokens,  # of a tokenised corpus: tokens
         "validation_bytes": corpus.validation.size,
         "sha256": corpus.sha256,
         "seen_bytes": corpus.seen_bytes,
@@ -124,9 +127,14 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
 
 
 def read_seen_bytes(run_dir: Path) -> list[int]:
-    """The byte values that occurred in the training text of a run."""
+    """The byte values (or tokens) that occurred in the training text of a run."""
     read_config(run_dir)  # says so when there is no run at all
     return read_corpus_facts(run_dir)["seen_bytes"]
+
+
+def run_vocabulary(run_dir: Path) -> Vocabulary:
+    """What the tokens of a run are, by the run's own copy of the tokenizer."""
+    return load_vocabulary(BYTES if read_config(run_dir).tokenizer == BYTES else str(run_dir / TOKENIZER_FILE))
 
 
 def read_corpus_facts(run_dir: Path) -> dict[str, Any]:
@@ -140,7 +148,8 @@ def read_corpus_facts(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} holds no {CORPUS_FILE}; it is not a complete run, train it again")
     try:
         facts = json.loads(path.read_text())
-        whole = isinstance(facts["sha256"], str) and bool(facts["seen_bytes"]) and set(facts["seen_bytes"]) <= BYTES
+        seen = facts["seen_bytes"]
+        whole = isinstance(facts["sha256"], str) and bool(seen) and all(type(v) is int and v >= 0 for v in seen)
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hope_jax.models import build_lm
+from hope_jax.models import ModelConfig, build_lm
 from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
+from hope_jax.training.documents import document_losses
 from hope_jax.training.errors import UserError
 from hope_jax.training.level_metrics import norms, steps_since_update
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from hope_jax.training.overrides import one_line
+from hope_jax.training.packing import Batch
 from hope_jax.training.sharding import BATCH, make_mesh, shardings
 
 
@@ -32,12 +33,13 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32, steps taken
     params: Any
     opt_state: Any
+    lanes: Any = ()  # [batch, ...] fast state of each row, where it is carried from step to step
 
 
 class Metrics(NamedTuple):
     """Of one step, on the device until the host asks."""
 
-    loss: jax.Array  # [] float32, nats per byte
+    loss: jax.Array  # [] float32, nats per token
     grad_norm: jax.Array  # [] float32, before clipping
     learning_rate: jax.Array  # [] float32, used in this step
     params_norm: jax.Array  # [] float32, of the parameters after the step
@@ -54,8 +56,8 @@ class Program(NamedTuple):
     abstract_state: TrainState  # shapes, dtypes and shardings, for restoring
     init_params: Callable[[], Any]
     start: Callable[[Any], TrainState]  # the state before the first step, of parameters that it takes over
-    train_step: Any  # (state, tokens [batch, T+1] uint8) -> (state, Metrics)
-    eval_step: Any  # (params, tokens [microbatch, T+1] uint8, weights [microbatch, T]) -> (sum of nats, targets)
+    train_step: Any  # (state, tokens [batch, T+1] or a Batch of documents) -> (state, Metrics)
+    eval_step: Any  # (params, the same of a microbatch, weights [microbatch, T]) -> (sum of nats, targets)
     level_norms: Any  # (params, others) -> the norm of their difference, float32[] by level
 
     def init(self) -> TrainState:
@@ -69,8 +71,8 @@ class Program(NamedTuple):
         """
         return self.level_norms(params, self.init_params())
 
-    def put_batch(self, array: np.ndarray) -> jax.Array:
-        """A host array with its first axis over the mesh's batch axes."""
+    def put_batch(self, array: Any) -> Any:
+        """A host array, or several, with the first axis over the mesh's batch axes."""
         return jax.device_put(array, self.batch_sharding)
 
     @property
@@ -91,19 +93,20 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
     """
     mesh = make_mesh(config.mesh, devices)
     tx = build_optimizer(config)
+    lanes = config.batch_size if config.carries else 0
     try:
         lm = build_lm(config.model)
-        shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed))
+        shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed, lanes))
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    placed = shardings(shapes, mesh)
     batch, scalar = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
+    placed = shardings(shapes, mesh)._replace(lanes=jax.tree.map(lambda leaf: batch, shapes.lanes))
     return Program(
         lm=lm,
         mesh=mesh,
         abstract_state=jax.tree.map(_place, shapes, placed),
         init_params=jax.jit(lambda: init_params(lm, config.seed), out_shardings=placed.params),
-        start=jax.jit(lambda params: start_state(tx, params), out_shardings=placed, donate_argnums=0),
+        start=jax.jit(lambda params: start_state(lm, tx, params, lanes), out_shardings=placed, donate_argnums=0),
         train_step=jax.jit(
             on_mesh(make_train_step(lm, tx, config), mesh),
             in_shardings=(placed, batch),
@@ -111,7 +114,7 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            on_mesh(make_eval_step(lm), mesh),
+            on_mesh(make_eval_step(lm, config.model), mesh),
             in_shardings=(placed.params, batch, batch),
             out_shardings=(scalar, scalar),
         ),
@@ -125,14 +128,15 @@ def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def init_state(lm: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    return start_state(tx, init_params(lm, seed))
+def init_state(lm: Any, tx: optax.GradientTransformation, seed: int, lanes: int = 0) -> TrainState:
+    """The state before the first step; `lanes` rows carry their fast state from step to step."""
+    return start_state(lm, tx, init_params(lm, seed), lanes)
 
 
-def start_state(tx: optax.GradientTransformation, params: Any) -> TrainState:
+def start_state(lm: Any, tx: optax.GradientTransformation, params: Any, lanes: int = 0) -> TrainState:
     """The state before the first step, of these parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    carried = lm.init_state(params, lanes) if lanes else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), carried)
 
 
 def init_params(lm: Any, seed: int) -> Any:
@@ -142,12 +146,12 @@ def init_params(lm: Any, seed: int) -> Any:
 
 
 def token_losses(lm: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Nats of each next byte.
+    """Nats of each next token.
 
     Args:
       lm: the model's functions.
       params: its parameters.
-      tokens_BT: [B, T + 1] uint8; every row starts with an empty memory.
+      tokens_BT: [B, T + 1]; every row starts with an empty memory.
     Returns:
       [B, T] float32.
     """
@@ -161,11 +165,20 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
     """The training step as a pure function."""
     schedule = learning_rate_schedule(config)
 
-    def loss_fn(params, tokens_BT):
-        return token_losses(lm, params, tokens_BT).mean()
+    def loss_fn(params, inputs):
+        tokens_BT, lanes = inputs
+        if not isinstance(tokens_BT, Batch):
+            return token_losses(lm, params, tokens_BT).mean(), ()
+        before = lanes if config.carries else lm.init_state(params, tokens_BT.tokens.shape[0])
+        after, losses_BT = document_losses(lm, config.model, params, before, tokens_BT)
+        return (losses_BT * tokens_BT.weights).mean(), after if config.carries else ()
 
-    def train_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads = accumulated_grad(loss_fn, state.params, tokens_BT, config.accumulate)
+    def train_step(state: TrainState, tokens_BT: Any) -> tuple[TrainState, Metrics]:
+        if isinstance(tokens_BT, Batch):  # the mean over the places is the mean over the targets
+            weights = tokens_BT.weights
+            tokens_BT = tokens_BT._replace(weights=weights * (weights.size / jnp.maximum(weights.sum(), 1)))
+        inputs = (tokens_BT, state.lanes)
+        (loss, lanes), grads = accumulated_grad(loss_fn, state.params, inputs, config.accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -179,35 +192,55 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
             level_update_norm=moved,
             level_waited=steps_since_update(opt_state, list(moved), config.cms_periods),
         )
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, lanes), metrics
 
     return train_step
 
 
-def accumulated_grad(loss_fn: Callable, params: Any, tokens_BT: jax.Array, pieces: int) -> tuple[jax.Array, Any]:
+def accumulated_grad(loss_fn: Callable, params: Any, batch: Any, pieces: int) -> tuple[tuple[jax.Array, Any], Any]:
     """Mean loss and gradient over a batch, computed in microbatches one after the other.
 
     Microbatch i takes rows i, i + pieces, ...: each device's contiguous rows stay on the device.
+
+    Args:
+      loss_fn: (params, batch) -> (mean loss, something with one row per row of the batch).
+      params: its parameters.
+      batch: arrays with the rows first.
+      pieces: number of microbatches.
+    Returns:
+      ((loss, something), gradient).
     """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if pieces == 1:
-        return jax.value_and_grad(loss_fn)(params, tokens_BT)
-    rows, width = tokens_BT.shape
-    micro_ABT = tokens_BT.reshape(rows // pieces, pieces, width).swapaxes(0, 1)
+        return value_and_grad(params, batch)
 
-    def add(total, tokens):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, tokens)), None
+    def cut(leaf):
+        return leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:]).swapaxes(0, 1)
 
-    shapes = jax.eval_shape(jax.value_and_grad(loss_fn), params, micro_ABT[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, micro_ABT)
-    return jax.tree.map(lambda leaf: leaf / pieces, total)
+    def join(leaf):
+        return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+
+    def add(total, piece):
+        (loss, rows), grads = value_and_grad(params, piece)
+        return jax.tree.map(jnp.add, total, (loss, grads)), rows
+
+    micro = jax.tree.map(cut, batch)
+    (loss, _), grads = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda leaf: leaf[0], micro))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, grads))
+    total, rows = jax.lax.scan(add, zeros, micro)
+    loss, grads = jax.tree.map(lambda leaf: leaf / pieces, total)
+    return (loss, jax.tree.map(join, rows)), grads
 
 
-def make_eval_step(lm: Any) -> Callable:
+def make_eval_step(lm: Any, model: ModelConfig) -> Callable:
     """Sum of nats and number of targets of a batch of held-out windows, as a pure function."""
 
     def eval_step(params, tokens_BT, weights_BT):
-        losses_BT = token_losses(lm, params, tokens_BT)
+        if isinstance(tokens_BT, Batch):
+            fresh = lm.init_state(params, weights_BT.shape[0])
+            _, losses_BT = document_losses(lm, model, params, fresh, tokens_BT)
+        else:
+            losses_BT = token_losses(lm, params, tokens_BT)
         return (losses_BT * weights_BT).sum(), weights_BT.sum()
 
     return eval_step

@@ -19,9 +19,11 @@ class Telemetry:
       config: of the run.
       clock: of this process.
       seconds_at_peak: the least time of a step (see `utilisation.py`), None if not known.
+      bytes_per_token: of the training text.
     """
 
-    def __init__(self, config: TrainConfig, clock: Clock, seconds_at_peak: float | None):
+    def __init__(self, config: TrainConfig, clock: Clock, seconds_at_peak: float | None, bytes_per_token: float = 1.0):
+        self._bytes_per_token = bytes_per_token
         self.clock, self.times = clock, StepTimes()
         self._tokens, self._seconds_at_peak = config.batch_size * config.seq_len, seconds_at_peak
 
@@ -45,7 +47,7 @@ class Telemetry:
         loss = float(metrics.loss)
         record = {
             "loss": loss,
-            "bits_per_byte": bits(loss),
+            "bits_per_byte": bits(loss) / self._bytes_per_token,
             "grad_norm": float(metrics.grad_norm),
             "update_norm": float(metrics.update_norm),
             "params_norm": float(metrics.params_norm),

@@ -163,11 +163,11 @@ def test_ctrl_c_during_an_evaluation_is_honoured(whole, small, tmp_path, monkeyp
     """The evaluation at step 3, or the one at the end: the run is interrupted, and continues to the same records."""
     calls = []
 
-    def evaluate_and_interrupt(*args):
+    def evaluate_and_interrupt(*args, **options):
         if len(calls) == nth:
             signal.raise_signal(signal.SIGINT)
         calls.append(args)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("hope_jax.training.loop.evaluate", evaluate_and_interrupt)

@@ -83,11 +83,11 @@ def test_other_meshes_give_the_loss_curve_of_one(axes):
 
 def test_accumulation_is_the_gradient_of_the_whole_batch():
     def loss_fn(params, batch):
-        return jnp.tanh(batch @ params["w"]).mean()
+        return jnp.tanh(batch @ params["w"]).mean(), batch
 
     params = {"w": jax.random.normal(jax.random.key(0), (5,))}
     batch = jax.random.normal(jax.random.key(1), (12, 5))
-    whole = jax.value_and_grad(loss_fn)(params, batch)
+    whole = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
     for pieces in (1, 3, 4):
         parts = accumulated_grad(loss_fn, params, batch, pieces)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=50 * EPS, atol=EPS), parts, whole)
