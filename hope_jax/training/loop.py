@@ -1,5 +1,6 @@
 """The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -7,20 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from rich.console import Console
 
-from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
+from hope_jax.training import distributed
+from hope_jax.training.checkpoint import Checkpoints, describe, fingerprints, saved_step
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.corpus import Corpus, load_corpus
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
-from hope_jax.training.interrupt import Interruption
+from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.metrics import MetricsWriter, plot_loss, read_metrics
 from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import LOSS_PLOT, claim, resolve
+from hope_jax.training.run_dir import LOSS_PLOT, claim, holds_run, resolve
 from hope_jax.training.step import Metrics, Program, TrainState, bits, build_program
+from hope_jax.training.watchdog import Watchdog
 
 
 class Result(NamedTuple):
@@ -32,10 +34,15 @@ class Result(NamedTuple):
     corpus: Corpus
     state: TrainState
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
-    interrupted: bool
+    stop: Stop  # why it stopped before the end
     validation_bpb: float | None  # of the whole validation text; None when interrupted before
     tokens_per_second: float | None  # of training steps alone: no compilation, evaluation or saving
     seconds: float  # everything, compilation included
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was stopped before the end, by whatever signal."""
+        return self.stop != Stop.NO
 
     @property
     def parameters(self) -> int:
@@ -47,51 +54,68 @@ def train(
     config: TrainConfig,
     run_dir: Path,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Result:
     """Trains a model, or continues its training.
 
+    In a run of several processes each of them calls this; process 0 writes and prints.
+
     Args:
       config: what to train; `steps` is the step to stop at, counted from the beginning of the run.
       run_dir: where the run lies (see `run_dir.py`).
       resume: continue from the latest checkpoint. The steps that follow are those of an uninterrupted run,
-        bit for bit.
+        bit for bit. None: continue if there is a run, else start one.
       overwrite: remove a run that is already there.
       console: where to print; None prints nothing.
     Returns:
-      A `Result`. After Ctrl-C the state is saved and `interrupted` is True.
+      A `Result`. After Ctrl-C or SIGTERM the state is saved and `interrupted` is True.
     Raises:
       UserError: the config, the data or the run directory cannot be used.
       RunFailed: loss, gradient or parameters became infinite or not a number; the message names the last good
-        checkpoint.
+        checkpoint. Or a checkpoint could not be saved.
     """
     began = time.perf_counter()
-    console = console or Console(quiet=True)
+    primary = distributed.is_primary()
+    console = console if console and primary else Console(quiet=True)
+    resume = holds_run(run_dir) if resume is None else resume
     corpus = load_corpus(config.data)
     batches = TrainBatches(corpus.train, seed=config.seed, batch=config.batch_size, length=config.seq_len)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
+    distributed.check_mesh(program.mesh)
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
-    claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    distributed.barrier("start", config.stall_seconds)  # all have looked at the directory
+    if primary:
+        claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    distributed.barrier("run directory", config.stall_seconds)
     console.print(_opening(config, program), markup=False)
-    with Interruption() as interruption, Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+    keep, patience = (config.keep_checkpoints, config.keep_every), config.stall_seconds
+    with Interruption() as interruption, Checkpoints(run_dir, *keep, seconds=patience) as checkpoints:
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256))
         start = int(state.step)
         label = config.model.name
-        with MetricsWriter(run_dir, start) as writer, Display(console, label, config.steps, start) as display:
-            run = _Run(config, program, corpus, checkpoints, writer, display, run_dir)
-            state = run.steps(state, batches, lambda: interruption.requested)
-            stopped = int(state.step) < config.steps or interruption.requested
-            validation_bpb = None if stopped else run.evaluate(state, config.final_eval_batches)
-            interrupted = stopped or interruption.requested  # a Ctrl-C during the evaluation counts too
-    plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
+        with (
+            MetricsWriter(run_dir, start) if primary else contextlib.nullcontext() as writer,
+            Display(console, label, config.steps, start) as display,
+            Watchdog(patience, run_dir) as watchdog,
+        ):
+            run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir)
+            vote = distributed.Vote(program.mesh)
+            state = run.steps(state, batches, lambda: vote(interruption.requested) != Stop.NO)
+            stop = Stop(distributed.greatest(interruption.requested))
+            validation_bpb = None
+            if stop == Stop.NO:
+                validation_bpb = run.evaluate(state, config.final_eval_batches)
+                stop = Stop(distributed.greatest(interruption.requested))  # during the evaluation counts too
+    if primary:
+        plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
     speed = run.speed or _recorded_speed(run_dir)
     seconds = time.perf_counter() - began
-    return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, seconds)
+    return Result(run_dir, config, program, corpus, state, start, stop, validation_bpb, speed, seconds)
 
 
 def _opening(config: TrainConfig, program: Program) -> str:
@@ -129,13 +153,14 @@ class _Run:
         program: Program,
         corpus: Corpus,
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         display: Display,
+        watchdog: Watchdog,
         run_dir: Path,
     ):
         self.config, self.program, self.corpus = config, program, corpus
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
-        self.run_dir = run_dir
+        self.watchdog, self.run_dir = watchdog, run_dir
         self._timed_steps, self._timed_seconds = 0, 0.0
 
     @property
@@ -145,7 +170,7 @@ class _Run:
         return tokens / self._timed_seconds if self._timed_steps else None
 
     def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
-        """Runs to the end or until `stop()`; the state it returns is saved."""
+        """Runs to the end or until `stop()`; the state it returns is saved, or is being saved."""
         config = self.config
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
@@ -156,6 +181,8 @@ class _Run:
             if sent is not None:
                 self._read(step, sent)
             sent, step = metrics, step + 1
+            self.watchdog.beat(step)
+            self.checkpoints.check()
             now = time.perf_counter()
             if clock is not None:
                 self._timed_steps, self._timed_seconds = (
@@ -184,6 +211,9 @@ class _Run:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
         bpb = evaluate(self.program, state.params, self.corpus.validation, self.config, batches or None)
         step = int(state.step)
+        self.watchdog.beat(step)
+        if self.writer is None:
+            return bpb
         known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
         if step not in known:
             self.writer.write(step, validation_bits_per_byte=bpb)
@@ -197,10 +227,13 @@ class _Run:
             raise RunFailed(self._describe_failure(step, loss, grad_norm, params_norm))
         speed = self.speed
         values = {"loss": loss, "bits_per_byte": bits(loss), "grad_norm": grad_norm, "learning_rate": learning_rate}
-        self.writer.write(step, **values, **({} if speed is None else {"tokens_per_second": speed}))
+        if self.writer is not None:
+            self.writer.write(step, **values, **({} if speed is None else {"tokens_per_second": speed}))
         self.display.update(step, loss, bits(loss), speed)
 
     def _describe_failure(self, step: int, loss: float, grad_norm: float, params_norm: float) -> str:
+        with contextlib.suppress(RunFailed):
+            self.checkpoints.wait()
         good = self.checkpoints.latest_step()
         saved = "no checkpoint was saved before it"
         if good is not None:
@@ -211,9 +244,5 @@ class _Run:
         )
 
     def _save(self, state: TrainState) -> None:
-        meta: dict[str, Any] = {
-            "data_step": int(state.step),  # the position of data and random numbers: both follow from (seed, step)
-            **fingerprints(self.config, self.corpus.sha256),
-            "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        }
+        meta = describe(int(state.step), self.config, self.corpus.sha256, self.program.mesh)
         self.checkpoints.save(state, meta)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hope_jax.training.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -22,7 +24,7 @@ class MetricsWriter:
 
         self.path = run_dir / METRICS_FILE
         kept = [record for record in read_metrics(run_dir) if record["step"] <= resume_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a")
         self._events = SummaryWriter(str(run_dir), purge_step=resume_step + 1 if resume_step else None)
 

@@ -1,6 +1,6 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
-RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  ckpt/<step>/{state, meta}
+RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  stalls.txt  ckpt/<step>/{state, meta, checksums.json}
 """
 
 import dataclasses
@@ -20,12 +20,19 @@ from hope_jax.training.config import (
 )
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
+from hope_jax.training.files import write_text
 from hope_jax.training.metrics import METRICS_FILE
+from hope_jax.training.watchdog import STALLS_FILE
 
 CORPUS_FILE = "corpus.json"
 BYTES = frozenset(range(256))
 LOSS_PLOT = "loss.png"
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in a directory."""
+    return (run_dir / CONFIG_FILE).exists()
 
 
 def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> TrainConfig:
@@ -43,7 +50,7 @@ def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwri
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, not a directory; give another place with --run DIR")
-    taken = (run_dir / CONFIG_FILE).exists()
+    taken = holds_run(run_dir)
     if resume and not taken:
         raise UserError(f"nothing to resume: {run_dir} holds no run; leave out --resume to start one")
     if resume:
@@ -88,7 +95,7 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, LOSS_PLOT):
+    for name in (CONFIG_FILE, CORPUS_FILE, METRICS_FILE, LOSS_PLOT, STALLS_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
@@ -116,7 +123,7 @@ def _write_corpus_facts(corpus: Corpus, run_dir: Path) -> None:
             f"the text of {run_dir} has changed since it was trained on ({corpus.name}); "
             "give it the same text (the embedded corpus needs the same Python version), or start another run"
         )
-    path.write_text(json.dumps(facts) + "\n")
+    write_text(path, json.dumps(facts) + "\n")
 
 
 def read_seen_bytes(run_dir: Path) -> list[int]:

@@ -52,8 +52,11 @@ class Program(NamedTuple):
     eval_step: Any  # (params, tokens [microbatch, T+1] uint8, weights [microbatch, T]) -> (sum of nats, targets)
 
     def put_batch(self, array: np.ndarray) -> jax.Array:
-        """A host array with its first axis over the mesh's batch axes."""
-        return jax.device_put(array, NamedSharding(self.mesh, BATCH))
+        """A host array, the same on every process, with its first axis over the mesh's batch axes.
+
+        Each process moves only the rows of its own devices.
+        """
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, BATCH), lambda rows: array[rows])
 
 
 def build_program(config: TrainConfig) -> Program:
