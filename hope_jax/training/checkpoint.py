@@ -29,7 +29,8 @@ CHECKPOINTS = "ckpt"
 DAMAGED = ".damaged"
 TEMPORARY = ".orbax-checkpoint-tmp"
 META = Path("meta") / "metadata"
-NO_SPACE = ("no space left", "resource_exhausted", "file too large", "disk quota")
+NO_SPACE = ("no space left", "file too large", "disk quota")  # in the messages of the operating system
+REMEDY = "free some space, or lower keep_checkpoints, and continue with --resume"
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -167,8 +168,8 @@ class Checkpoints:
         reason = " ".join(str(error).split())
         full = any(word in reason.lower() for word in NO_SPACE)
         return RunFailed(
-            f"step {step} could not be saved in {self.directory} ({reason[:300]}); {self._what_is_saved()}; "
-            + (REMEDY if full else "mend that and continue with --resume")
+            f"step {step} could not be saved in {self.directory} ({'the disk is full' if full else reason}); "
+            f"{self._what_is_saved()}; {REMEDY if full else 'mend that and continue with --resume'}"
         )
 
     def _what_is_saved(self) -> str:
@@ -256,9 +257,6 @@ class Checkpoints:
             if kind is None:
                 raise
         self._manager.close()
-
-
-REMEDY = "free some space, or lower keep_checkpoints, and continue with --resume"
 
 
 def _find_problem(directory: Path, share: int, shares: int) -> str | None:

@@ -20,7 +20,7 @@ from hope_jax.training.evaluate import evaluate
 from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.metrics import MetricsWriter, plot_loss, read_metrics
 from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import LOSS_PLOT, claim, holds_run, resolve
+from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve
 from hope_jax.training.step import Metrics, Program, TrainState, bits, build_program
 from hope_jax.training.watchdog import Watchdog
 
@@ -94,7 +94,11 @@ def train(
     distributed.barrier("run directory", config.stall_seconds)
     console.print(_opening(config, program), markup=False)
     keep, patience = (config.keep_checkpoints, config.keep_every), config.stall_seconds
-    with Interruption() as interruption, Checkpoints(run_dir, *keep, seconds=patience) as checkpoints:
+    with (
+        full_disk_named(run_dir),
+        Interruption() as interruption,
+        Checkpoints(run_dir, *keep, seconds=patience) as checkpoints,
+    ):
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256))
         start = int(state.step)
         label = config.model.name

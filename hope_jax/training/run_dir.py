@@ -3,9 +3,12 @@
 RUN/config.yaml  corpus.json  metrics.jsonl  events.*  loss.png  stalls.txt  ckpt/<step>/{state, meta, checksums.json}
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from hope_jax.training.config import (
     write_config,
 )
 from hope_jax.training.corpus import Corpus
-from hope_jax.training.errors import UserError
+from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.metrics import METRICS_FILE
 from hope_jax.training.watchdog import STALLS_FILE
@@ -79,6 +82,24 @@ def claim(config: TrainConfig, corpus: Corpus, run_dir: Path, *, overwrite: bool
         write_config(config, run_dir)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
+
+
+@contextlib.contextmanager
+def full_disk_named(run_dir: Path) -> Iterator[None]:
+    """Says of a full disk what it is: the records of a run are small, but they are the first that do not fit.
+
+    Raises:
+      RunFailed: in the place of an OSError that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(
+            f"the disk of {run_dir} is full; the checkpoint of step {saved_step(run_dir)} is whole; "
+            "free some space and continue with --resume"
+        ) from error
 
 
 def _taken(config: TrainConfig, run_dir: Path) -> str:

@@ -48,7 +48,7 @@ class Watchdog:
             f"hope: process {distributed.index()} has finished no step for {self._seconds:g} s, "
             f"the last was step {self._step}{silent}; its main thread is here:\n{stack}"
         )
-        print(text, file=sys.stderr, flush=True)
+        print(text, end="", file=sys.stderr, flush=True)
         with self._path.open("a") as file:
             file.write(text)
 
