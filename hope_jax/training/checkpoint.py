@@ -70,13 +70,10 @@ class Checkpoints:
       run_dir: the run directory.
       keep: how many of the latest to keep.
       keep_every: keep also those whose step this divides, for good; 0 for none.
-      seconds: how long the processes wait for one another in a save.
       read_only: change nothing on the disk: the run may be training, and saving, at this moment.
     """
 
-    def __init__(
-        self, run_dir: Path, keep: int = 2, keep_every: int = 0, *, seconds: int = 1200, read_only: bool = False
-    ):
+    def __init__(self, run_dir: Path, keep: int = 2, keep_every: int = 0, *, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates every save; its errors we raise
@@ -87,17 +84,15 @@ class Checkpoints:
         self._ocp = ocp
         self._run_dir, self._read_only = run_dir, read_only
         self.directory = run_dir / CHECKPOINTS
-        self._saving: int | None = None
+        self._saving: int | None = None  # the step of the save in progress
+        self._saved: int | None = None  # the step that was saved or restored last
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, enable_async_checkpointing=False)
         else:
-            asynchronous = ocp.options.AsyncOptions(
-                timeout_secs=seconds, post_finalization_callback=self._write_checksums
-            )
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 keep_period=keep_every or None,
-                async_options=asynchronous,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
                 cleanup_tmp_directories=True,
             )
         self._manager = ocp.CheckpointManager(self.directory.resolve(), options=options, item_names=("state", "meta"))
@@ -117,7 +112,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step == self.latest_step():
+        if step == self._saved:
             return
         self._check_room(step, state)
         self._saving = step
@@ -144,7 +139,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
-        self._saving = None
+        self._saving, self._saved = None, self._saving
 
     def _write_checksums(self) -> None:
         write_checksums(self.directory / f"{self._saving}{TEMPORARY}")
@@ -203,6 +198,7 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} does not fit this model ({message}); "
                 "it is damaged or from another version: train again, or remove it to use an earlier one"
             ) from error
+        self._saved = step
         # Restored arrays are not reliably donatable; one pass through jit makes them the runtime's own.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), meta
@@ -231,7 +227,7 @@ class Checkpoints:
         if distributed.is_primary():
             shutil.rmtree(aside, ignore_errors=True)
             there.rename(aside)
-        distributed.barrier("put aside", 600)
+        distributed.barrier("put aside")
         self._manager.reload()
 
     def _check_owner(self, step: int, meta: dict[str, Any], expected: dict[str, Any]) -> None:

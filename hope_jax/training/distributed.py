@@ -176,7 +176,7 @@ class Vote:
 _names = itertools.count()
 
 
-def barrier(name: str, seconds: float) -> None:
+def barrier(name: str, seconds: float = 600) -> None:
     """Waits until every process is here.
 
     Args:

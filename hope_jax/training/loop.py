@@ -88,16 +88,15 @@ def train(
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
-    distributed.barrier("start", config.stall_seconds)  # all have looked at the directory
+    distributed.barrier("start")  # all have looked at the directory
     if primary:
         claim(config, corpus, run_dir, overwrite=overwrite and not resume)
-    distributed.barrier("run directory", config.stall_seconds)
+    distributed.barrier("run directory")
     console.print(_opening(config, program), markup=False)
-    keep, patience = (config.keep_checkpoints, config.keep_every), config.stall_seconds
     with (
         full_disk_named(run_dir),
         Interruption() as interruption,
-        Checkpoints(run_dir, *keep, seconds=patience) as checkpoints,
+        Checkpoints(run_dir, config.keep_checkpoints, config.keep_every) as checkpoints,
     ):
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256))
         start = int(state.step)
@@ -105,7 +104,7 @@ def train(
         with (
             MetricsWriter(run_dir, start) if primary else contextlib.nullcontext() as writer,
             Display(console, label, config.steps, start) as display,
-            Watchdog(patience, run_dir) as watchdog,
+            Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
             run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir)
             vote = distributed.Vote(program.mesh)

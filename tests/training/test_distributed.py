@@ -171,14 +171,22 @@ def test_processes_train_the_curve_of_one(config, cache, alone, tmp_path, count)
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [[(1, 1), (2, 1), (4, 1)], [(1, 8), (1, 4), (1, 8)]], ids=["processes", "devices"])
 def test_a_run_continues_on_another_topology(config, cache, alone, tmp_path, stages):
-    """(processes, devices of each), four steps on each; 7 and 11 are in the middle of a slow level's chunk."""
+    """(processes, devices of each); 4 and 7 are in the middle of a slow level's chunk.
+
+    The checkpoint that the last stage would begin with is damaged: all its processes take the one before.
+    """
     config = dataclasses.replace(config, batch_size=16) if stages[0][1] == 8 else config
     if config.batch_size == 16:
         run(["smoke", *words(config, tmp_path / "alone")], 1, cache=cache, log=tmp_path)
         alone = losses(tmp_path / "alone")
     for (count, devices), steps in zip(stages, (4, 7, 12), strict=True):
+        if steps == 12:
+            path = tmp_path / "run" / "ckpt" / "7" / "state" / "manifest.ocdbt"
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
         typed = words(config, tmp_path / "run", f"steps={steps}", "decay_steps=12", devices=count * devices)
-        run(["smoke", *typed], count, cache=cache, log=tmp_path / str(steps), devices=devices)
+        outputs = run(["smoke", *typed], count, cache=cache, log=tmp_path / str(steps), devices=devices)
+    assert "ckpt/7 is damaged (state/manifest.ocdbt: other bytes" in outputs[0]
+    assert not any("damaged" in output for output in outputs[1:])
     np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-5)
     meta = json.loads((tmp_path / "run" / "ckpt" / "12" / "meta" / "metadata").read_text())
     assert (meta["processes"], meta["mesh"]["fsdp"]) == (stages[-1][0], stages[-1][0] * stages[-1][1])
@@ -194,7 +202,7 @@ def test_killed_at_random_moments(config, cache, tmp_path, count):
     rng, every, run_dir = random.Random(count), 5, tmp_path / "run"
     config = dataclasses.replace(config, steps=100_000, warmup_steps=2, checkpoint_every=every, keep_checkpoints=3)
     typed = ["smoke", *words(config, run_dir, "decay_steps=1000", devices=count)]
-    seen: dict[int, float] = {}  # the loss of every step that was ever recorded
+    seen: dict[float, float] = {}  # the loss of every step that was ever recorded
     start_seconds, gained, in_a_save = 10.0, [], 0
     for kill in range(20):
         complete, began = saved_step(run_dir) or 0, time.monotonic()
