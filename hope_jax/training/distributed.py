@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.training.errors import RunFailed, UserError
@@ -154,23 +155,34 @@ def first_of(text: str | None) -> str | None:
 class Vote:
     """The greatest of the numbers that the processes give at the same step, without waiting: one step late.
 
-    The number travels in a program of its own beside the training step, and is read when the next one is given,
+    The number travels in a program of its own between two training steps, and is read when the next one is given,
     so every process learns the same number at the same step. A process alone hears its own at once.
+
+    On a CPU nothing keeps two programs from exchanging data at the same time, and gloo then mixes them up. So an
+    array goes through this program from one training step to the next: each waits for the one before.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
         everyone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
         nobody = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._place = functools.partial(jax.make_array_from_callback, (mesh.size,), everyone)
-        self._max = jax.jit(lambda votes: votes.max(), out_shardings=nobody)
+        self._max = jax.jit(lambda votes, link: (votes.max(), jnp.copy(link)), out_shardings=(nobody, nobody))
         self._cast: jax.Array | None = None
 
-    def __call__(self, value: int) -> int:
-        """Gives a number, hears the outcome of the call before (0 at the first)."""
+    def __call__(self, value: int, link: jax.Array) -> tuple[int, jax.Array]:
+        """Gives a number, hears the outcome of the call before (0 at the first).
+
+        Args:
+          value: of this process.
+          link: [] a result of the training step before, whole on every device.
+        Returns:
+          (the outcome, the link for the next training step).
+        """
         if jax.process_count() == 1:
-            return value
-        before, self._cast = self._cast, self._max(self._place(lambda _: np.full((1,), value, np.int32)))
-        return 0 if before is None else int(before)
+            return value, link
+        before = self._cast
+        self._cast, link = self._max(self._place(lambda _: np.full((1,), value, np.int32)), link)
+        return (0 if before is None else int(before)), link
 
 
 _names = itertools.count()

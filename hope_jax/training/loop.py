@@ -107,8 +107,7 @@ def train(
             Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
             run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir)
-            vote = distributed.Vote(program.mesh)
-            state = run.steps(state, batches, lambda: vote(interruption.requested) != Stop.NO)
+            state = run.steps(state, batches, lambda: interruption.requested)
             stop = Stop(distributed.greatest(interruption.requested))
             validation_bpb = None
             if stop == Stop.NO:
@@ -172,13 +171,17 @@ class _Run:
         tokens = self._timed_steps * self.config.batch_size * self.config.seq_len
         return tokens / self._timed_seconds if self._timed_steps else None
 
-    def steps(self, state: TrainState, batches: TrainBatches, stop: Callable[[], bool]) -> TrainState:
-        """Runs to the end or until `stop()`; the state it returns is saved, or is being saved."""
-        config = self.config
+    def steps(self, state: TrainState, batches: TrainBatches, asked: Callable[[], Stop]) -> TrainState:
+        """Runs to the end or until one process is asked to stop; the state it returns is saved, or is being saved."""
+        config, vote = self.config, distributed.Vote(self.program.mesh)
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
         clock = None  # None: the next step includes compilation or follows a pause
-        while step < config.steps and not stop():
+        while step < config.steps:
+            stop, link = vote(asked(), state.step)
+            state = state._replace(step=link)
+            if stop != Stop.NO:
+                break
             state, metrics = self.program.train_step(state, self.program.put_batch(batches[step]))
             # The host waits for the previous step only: the device already has this one.
             if sent is not None:
