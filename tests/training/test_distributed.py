@@ -229,9 +229,8 @@ def test_killed_at_random_moments(config, cache, tmp_path, count):
             now,
         )  # asynchronous: the save in progress is lost too
         gained.append(now - complete)
-        print(
-            f"kill {kill}: process {victim}, {complete} -> {last}, saved {now}{', in a save' * partial}{', others ended' * alone}"
-        )
+        how = ", in a save" * partial + ", others ended" * alone
+        print(f"kill {kill}: process {victim}, {complete} -> {last}, saved {now}{how}")
     print(f"{count} processes: {len(seen)} steps, {in_a_save} of 20 kills in a save, steps gained {gained}")
     assert all(gain > 0 for gain in gained[::2])
 
