@@ -19,8 +19,7 @@ from hope_jax.training.presets import PRESETS, describe_presets, preset
 if TYPE_CHECKING:
     from hope_jax.training.config import TrainConfig
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
+EXIT_PREEMPTED = 42
 EXIT_INTERRUPTED = 130
 
 
@@ -46,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a preset, for example: hope train tiny steps=1000 model.dim=96",
-        epilog=f"{presets}\n\nkey=value changes the preset; a wrong key lists them all.",
+        epilog=f"{presets}\n\nkey=value changes the preset; a wrong key lists them all.\n\n{_TRAIN_PROCESSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -55,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/PRESET)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
+    existing.add_argument("--auto-resume", action="store_true", help="continue the run if there is one, else start it")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
     train.add_argument("--versus", metavar="MODEL", help="also train another architecture with as many parameters")
     train.add_argument("--profile", metavar="FIRST:LAST", help="write an xprof trace of these steps to RUN/profile")
@@ -142,6 +142,12 @@ examples:
   hope data inspect 'web/*.parquet:0.7,books.jsonl:0.3' documents=reset seq_len=1024
   hope data inspect notes.jsonl text_column=body tokenizer=tokenizer.json
 """
+_TRAIN_PROCESSES = f"""exit status:
+  0 done    1 the run failed    2 a mistake in the command    130 interrupted (Ctrl-C), saved
+  {EXIT_PREEMPTED} preempted (SIGTERM), saved: start the same command again, with --auto-resume
+
+several processes: every one runs the same command; jax finds the others on a Cloud TPU pod, in a Slurm step and
+under Open MPI, elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -189,16 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments; None takes the process's own.
     Returns:
-      0 done, 1 a run that failed, 2 a mistake of the user, 130 interrupted.
+      0 done, 1 a run that failed, 2 a mistake of the user, 42 preempted and saved, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = _parse(argv)
         return arguments.function(arguments, argv)
-    except UserError as error:
-        return _complain(error, EXIT_USAGE)
-    except RunFailed as error:
-        return _complain(error, EXIT_FAILED)
+    except (UserError, RunFailed) as error:
+        return _complain(error, error.status)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -222,7 +226,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _stranger(word: str, command: str) -> str:
     flags = {
-        "train": ["--run", "--resume", "--overwrite", "--versus", "--profile"],
+        "train": ["--run", "--resume", "--auto-resume", "--overwrite", "--versus", "--profile"],
         "watch": ["--once"],
         "plot": ["--out", "--x"],
         "eval": ["--data"],
@@ -249,20 +253,22 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     base = preset(arguments.preset)
 
     from hope_jax.training.command import run_training
+    from hope_jax.training.interrupt import Stop
     from hope_jax.training.overrides import apply_overrides
     from hope_jax.training.profile import parse_steps
 
-    again = command(*_without_profile(word for word in argv if word not in ("--resume", "--overwrite")), "--resume")
-    finished = run_training(
+    words = (word for word in argv if word not in ("--resume", "--auto-resume", "--overwrite"))
+    again = command(*_without_profile(words), "--resume")
+    stop = run_training(
         apply_overrides(base, arguments.overrides),
         arguments.run or Path("runs") / arguments.preset,
-        resume=arguments.resume,
+        resume=None if arguments.auto_resume else arguments.resume,
         overwrite=arguments.overwrite,
         versus=arguments.versus,
         profile=None if arguments.profile is None else parse_steps(arguments.profile),
         again=again,
     )
-    return 0 if finished else EXIT_INTERRUPTED
+    return {Stop.NO: 0, Stop.INTERRUPTED: EXIT_INTERRUPTED, Stop.PREEMPTED: EXIT_PREEMPTED}[stop]
 
 
 def _on_mesh(arguments: argparse.Namespace) -> "TrainConfig":

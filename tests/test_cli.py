@@ -16,6 +16,7 @@ from hope_jax.cli import main
 from hope_jax.models import ModelConfig
 from hope_jax.training.command import sample_lengths
 from hope_jax.training.errors import RunFailed
+from hope_jax.training.interrupt import Stop
 from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS
 
@@ -247,6 +248,20 @@ def test_failed_run_is_status_1(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hope_jax.training.command.train", fail)
     assert main([*small, "--run", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == "hope: step 3 gave loss nan\n"
+
+
+@pytest.mark.parametrize(("flags", "resume"), [(["--auto-resume"], None), (["--resume"], True), ([], False)])
+@pytest.mark.parametrize(("stop", "status"), [(Stop.NO, 0), (Stop.INTERRUPTED, 130), (Stop.PREEMPTED, 42)])
+def test_status_says_why_a_run_stopped(small, monkeypatch, flags, resume, stop, status):
+    """What a launcher goes by; `again` is the command that continues, however the run was started."""
+
+    def run_training(config, run_dir, **options):
+        assert options["resume"] is resume and options["again"].endswith(" --resume")
+        assert options["again"].count("resume") == 1
+        return stop
+
+    monkeypatch.setattr("hope_jax.training.command.run_training", run_training)
+    assert main([*small, *flags]) == status
 
 
 @pytest.mark.slow

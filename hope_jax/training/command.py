@@ -1,15 +1,17 @@
 """What `hope train` does around a run: opening line, comparison, sample, and where everything lies."""
 
-import sys
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
+from hope_jax.training.distributed import is_primary, joined, say
 from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import describe_compressors
 from hope_jax.training.generate import encode_prompt, generate_bytes, token_pieces
+from hope_jax.training.interrupt import Stop
 from hope_jax.training.loop import Result, train
 from hope_jax.training.overrides import unknown
 from hope_jax.training.profile import Steps
@@ -24,12 +26,12 @@ def run_training(
     config: TrainConfig,
     run_dir: Path,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     overwrite: bool = False,
     versus: str | None = None,
     profile: Steps | None = None,
     again: str = "hope train ... --resume",
-) -> bool:
+) -> Stop:
     """Trains, compares and shows.
 
     Args:
@@ -37,15 +39,28 @@ def run_training(
       versus: name of the model to compare with, None for none.
       again: the command that continues this run, for the messages.
     Returns:
-      False if the run was interrupted (and saved).
+      Why the run was stopped before the end (and saved), `Stop.NO` if it was not.
     Raises:
       UserError, RunFailed: see `loop.train`.
     """
+    with joined(config.heartbeat_seconds):
+        return _train(config, run_dir, resume, overwrite, versus, profile, again)
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: Path,
+    resume: bool | None,
+    overwrite: bool,
+    versus: str | None,
+    profile: Steps | None,
+    again: str,
+) -> Stop:
     if versus is not None:
         if versus not in OTHERS:
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
         opponent(config, versus)  # refuses before hours of training, not after
-    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_primary())
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console, profile=profile)
     if ours.interrupted:
         return _say_interrupted(ours, again)
@@ -55,18 +70,16 @@ def run_training(
         if theirs.interrupted:
             return _say_interrupted(theirs, again)
         console.print(comparison(ours, theirs))
-    _show_sample(ours, console)
+    if jax.process_count() == 1:
+        _show_sample(ours, console)
     console.print(f"wrote {run_dir}: {', '.join(_WRITTEN)}{', profile/' if profile else ''}", markup=False)
-    return True
+    return Stop.NO
 
 
-def _say_interrupted(result: Result, again: str) -> bool:
-    step = int(result.state.step)
-    print(
-        f"hope: interrupted; step {step} is saved in {result.run_dir}; continue with: {again}",
-        file=sys.stderr,
-    )
-    return False
+def _say_interrupted(result: Result, again: str) -> Stop:
+    step, word = int(result.state.step), result.stop.name.lower()
+    say(f"{word}; step {step} is saved in {result.run_dir}; continue with: {again}")
+    return result.stop
 
 
 def _show_result(result: Result, console: Console, again: str) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from hope_jax.models import ModelConfig, check_sequence_length
 from hope_jax.training.errors import UserError
+from hope_jax.training.files import write_text
 from hope_jax.training.invocation import command
 from hope_jax.training.overrides import from_dict, leaves, to_dict
 
@@ -29,6 +30,9 @@ FREE_ON_RESUME = (
     "final_eval_batches",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "stall_seconds",
+    "heartbeat_seconds",
     "sample_bytes",
     "mesh.",
     "wandb",
@@ -101,16 +105,20 @@ class TrainConfig:
     eval_batches: int = 8  # of a microbatch each, in evaluations during training
     final_eval_batches: int = 0  # at the end; 0 reads all of the validation text
     checkpoint_every: int = 200
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the latest
+    keep_every: int = 0  # and for good those of every so many steps; 0 for none
     sample_bytes: int = 300  # of the sample printed at the end
     wandb: str = ""  # a project of Weights & Biases that gets the records too
     peak_flops: float = 0.0  # of one device, for the MFU; 0 takes the published figure, where there is one
+    stall_seconds: int = 1800  # without a step, after which the run says where it stands
+    heartbeat_seconds: int = 100  # of silence, after which a process of several counts as dead
 
     def __post_init__(self):
         _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "clip_norm")
         _check_positive(self, "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+        _check_positive(self, "stall_seconds", "heartbeat_seconds")
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
-        _check_not_negative(self, "document_multiple")
+        _check_not_negative(self, "document_multiple", "keep_every")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
         self._check_model()
         self._check_documents()
@@ -235,7 +243,7 @@ def _check_not_negative(config: object, *names: str) -> None:
 def write_config(config: TrainConfig, run_dir: Path) -> None:
     """Writes config.yaml."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
-    (run_dir / CONFIG_FILE).write_text(text)
+    write_text(run_dir / CONFIG_FILE, text)
 
 
 def read_config(run_dir: Path) -> TrainConfig:

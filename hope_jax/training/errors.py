@@ -2,8 +2,12 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user: the message names the offending value and says what to do. Exit status 2."""
+    """A mistake of the user: the message names the offending value and says what to do."""
+
+    status = 2  # of the process
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on: the message says where it stopped and what is saved. Exit status 1."""
+    """A run that cannot go on: the message says where it stopped and what is saved."""
+
+    status = 1

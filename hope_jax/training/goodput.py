@@ -6,13 +6,13 @@ is the share of "step" in the sum of all of them.
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hope_jax.training.files import write_text
 from hope_jax.training.metrics import read_metrics
 
 GOODPUT_FILE = "goodput.json"
@@ -184,9 +184,7 @@ class Clock:
         if self._path is None:
             return
         rows = [*self._earlier, self._incarnation(doing or self.now())]
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-        os.replace(draft, self._path)
+        write_text(self._path, json.dumps([row._asdict() for row in rows], indent=1) + "\n")
         self._written = time.perf_counter()
 
 

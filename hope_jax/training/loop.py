@@ -1,30 +1,32 @@
 """The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from rich.console import Console
 
-from hope_jax.training.checkpoint import Checkpoints, fingerprints, saved_step
+from hope_jax.training import distributed
+from hope_jax.training.checkpoint import Checkpoints, describe, fingerprints, saved_step
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
-from hope_jax.training.interrupt import Interruption
+from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.metrics import MetricsWriter, WeightsAndBiases, check_wandb, read_metrics
 from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import LOSS_PLOT, claim, resolve
+from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve
 from hope_jax.training.step import Metrics, Program, TrainState, build_program
 from hope_jax.training.telemetry import Telemetry, finite
 from hope_jax.training.utilisation import seconds_at_peak
+from hope_jax.training.watchdog import Watchdog
 
 
 class Result(NamedTuple):
@@ -36,10 +38,15 @@ class Result(NamedTuple):
     corpus: Mixture
     state: TrainState
     started_at: int  # the step this call began with; config.steps when there was nothing left to do
-    interrupted: bool
+    stop: Stop  # why it stopped before the end
     validation_bpb: float | None  # of the whole validation text; None when interrupted before
     tokens_per_second: float | None  # of the last training steps alone: no compilation, evaluation or saving
     seconds: float  # everything, compilation included
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was stopped before the end, by whatever signal."""
+        return self.stop != Stop.NO
 
     @property
     def parameters(self) -> int:
@@ -51,46 +58,55 @@ def train(
     config: TrainConfig,
     run_dir: Path,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     overwrite: bool = False,
     console: Console | None = None,
     profile: Steps | None = None,
 ) -> Result:
     """Trains a model, or continues its training.
 
+    In a run of several processes each of them calls this; process 0 writes and prints.
+
     Args:
       config: what to train; `steps` is the step to stop at, counted from the beginning of the run.
       run_dir: where the run lies (see `run_dir.py`).
       resume: continue from the latest checkpoint. The steps that follow are those of an uninterrupted run,
-        bit for bit.
+        bit for bit. None: continue if there is a run, else start one.
       overwrite: remove a run that is already there.
       console: where to print; None prints nothing.
       profile: steps to write a trace of.
     Returns:
-      A `Result`. After Ctrl-C the state is saved and `interrupted` is True.
+      A `Result`. After Ctrl-C or SIGTERM the state is saved and `interrupted` is True.
     Raises:
       UserError: the config, the data or the run directory cannot be used.
       RunFailed: loss, gradient or parameters became infinite or not a number; the message names the last good
-        checkpoint.
+        checkpoint. Or a checkpoint could not be saved.
     """
     clock = Clock()
-    console = console or Console(quiet=True)
+    primary = distributed.is_primary()
+    console = console if console and primary else Console(quiet=True)
+    resume = holds_run(run_dir) if resume is None else resume
     check_wandb(config)
     corpus = load_mixture(config, lambda line: console.print(line, markup=False))
     batches = training_batches(corpus, config)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
+    distributed.check_mesh(program.mesh)
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
     if profile is not None:
         check_steps(profile, saved or 0, config.steps)
-    claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    distributed.barrier("start")  # all have looked at the directory
+    if primary:
+        claim(config, corpus, run_dir, overwrite=overwrite and not resume)
+    distributed.barrier("run directory")
     console.print(_opening(config, program), markup=False)
     with (
-        clock.keep(run_dir, saved or 0),
+        full_disk_named(run_dir),
+        clock.keep(run_dir, saved or 0) if primary else contextlib.nullcontext(),
         Interruption() as interruption,
-        Checkpoints(run_dir, config.keep_checkpoints) as checkpoints,
+        Checkpoints(run_dir, config.keep_checkpoints, config.keep_every) as checkpoints,
     ):
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
         start = int(state.step)
@@ -98,21 +114,25 @@ def train(
             at_peak = seconds_at_peak(config, list(program.mesh.devices.flat))
             telemetry = Telemetry(config, clock, at_peak, corpus.bytes_per_token("train"))
         label = config.model.name
-        others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb else []
+        others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb and primary else []
         with (
-            MetricsWriter(run_dir, start, *others) as writer,
+            MetricsWriter(run_dir, start, *others) if primary else contextlib.nullcontext() as writer,
             Display(console, label, config.steps, start) as display,
             Profile(run_dir, profile, clock) as trace,
+            Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
-            run = _Run(config, program, corpus, checkpoints, writer, display, run_dir, telemetry, trace)
+            run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir, telemetry, trace)
             state = run.steps(state, batches, lambda: interruption.requested)
-            stopped = int(state.step) < config.steps or interruption.requested
-            validation_bpb = None if stopped else run.evaluate(state, config.final_eval_batches)
-            interrupted = stopped or interruption.requested  # a Ctrl-C during the evaluation counts too
-        plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
-        clock.finished = not interrupted
+            stop = Stop(distributed.greatest(interruption.requested))
+            validation_bpb = None
+            if stop == Stop.NO:
+                validation_bpb = run.evaluate(state, config.final_eval_batches)
+                stop = Stop(distributed.greatest(interruption.requested))  # during the evaluation counts too
+        if primary:
+            plot_loss({label: run_dir}, run_dir / LOSS_PLOT)
+        clock.finished = stop == Stop.NO
     speed = telemetry.tokens_per_second or _recorded_speed(run_dir)
-    return Result(run_dir, config, program, corpus, state, start, interrupted, validation_bpb, speed, clock.elapsed)
+    return Result(run_dir, config, program, corpus, state, start, stop, validation_bpb, speed, clock.elapsed)
 
 
 def _opening(config: TrainConfig, program: Program) -> str:
@@ -153,26 +173,31 @@ class _Run:
         program: Program,
         corpus: Mixture,
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         display: Display,
+        watchdog: Watchdog,
         run_dir: Path,
         telemetry: Telemetry,
         trace: Profile,
     ):
         self.config, self.program, self.corpus = config, program, corpus
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
-        self.run_dir, self.telemetry, self.trace = run_dir, telemetry, trace
+        self.watchdog, self.run_dir, self.telemetry, self.trace = watchdog, run_dir, telemetry, trace
         self.clock, self.times = telemetry.clock, telemetry.times
 
-    def steps(self, state: TrainState, batches: Batches, stop: Callable[[], bool]) -> TrainState:
-        """Runs to the end or until `stop()`; the state it returns is saved."""
-        config = self.config
+    def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop]) -> TrainState:
+        """Runs to the end or until one process is asked to stop; the state it returns is saved, or is being saved."""
+        config, vote = self.config, distributed.Vote(self.program.mesh)
         step = int(state.step)
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
         made = feed(batches, step, config.steps)
         with self.clock.doing("step"):
-            while step < config.steps and not stop():
+            while step < config.steps:
+                stop, link = vote(asked(), state.step)
+                state = state._replace(step=link)
+                if stop != Stop.NO:
+                    break
                 if self.trace.begins(step + 1, state):
                     self.times.pause()
                 with self.clock.doing(kind), self.trace.step(step + 1):
@@ -183,6 +208,8 @@ class _Run:
                 if kind == "step" and not self.trace.running:  # the first step makes files and programs
                     self.times.step()
                 sent, step, kind = metrics, step + 1, "step"
+                self.watchdog.beat(step)
+                self.checkpoints.check()
                 if self.trace.ends(step, state):
                     self.times.pause()
                 if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
@@ -217,6 +244,9 @@ class _Run:
             )
             distances = jax.device_get(self.program.distances(state.params))
         step = int(state.step)
+        self.watchdog.beat(step)
+        if self.writer is None:
+            return bpb
         known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
         if step not in known:
             self.writer.write(step, **self.telemetry.of_evaluation(bpb, distances))
@@ -229,10 +259,13 @@ class _Run:
             raise RunFailed(self._describe_failure(step, metrics))
         self.clock.step(step)
         record = self.telemetry.of_step(metrics)
-        self.writer.write(step, **record)
+        if self.writer is not None:
+            self.writer.write(step, **record)
         self.display.update(step, record)
 
     def _describe_failure(self, step: int, metrics: Metrics) -> str:
+        with contextlib.suppress(RunFailed):
+            self.checkpoints.wait()
         good = self.checkpoints.latest_step()
         saved = "no checkpoint was saved before it"
         if good is not None:
@@ -244,10 +277,6 @@ class _Run:
         )
 
     def _save(self, state: TrainState) -> None:
-        meta: dict[str, Any] = {
-            "data_step": int(state.step),  # the position of data and random numbers: both follow from (seed, step)
-            **fingerprints(self.config, self.corpus.sha256),
-            "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        }
+        meta = describe(int(state.step), self.config, self.corpus.sha256, self.program.mesh)
         with self.clock.doing("save"):
             self.checkpoints.save(state, meta)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
+from hope_jax.training.files import write_text
 from hope_jax.training.overrides import to_dict
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +40,7 @@ class JsonLines:
     def __init__(self, run_dir: Path, resume_step: int):
         path = run_dir / METRICS_FILE
         kept = [record for record in read_metrics(run_dir) if record["step"] <= resume_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

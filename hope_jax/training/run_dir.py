@@ -1,12 +1,15 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
-RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  goodput.json  loss.png  profile/
-    ckpt/<step>/{state, meta}
+RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  goodput.json  loss.png  profile/  stalls.txt
+    ckpt/<step>/{state, meta, checksums.json}
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +22,24 @@ from hope_jax.training.config import (
     read_config,
     write_config,
 )
-from hope_jax.training.errors import UserError
+from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.files import write_text
 from hope_jax.training.goodput import GOODPUT_FILE
 from hope_jax.training.metrics import METRICS_FILE
 from hope_jax.training.mixture import Mixture
 from hope_jax.training.profile import PROFILE
 from hope_jax.training.vocabulary import BYTES, TOKENIZER_FILE, Vocabulary, load_vocabulary
+from hope_jax.training.watchdog import STALLS_FILE
 
 CORPUS_FILE = "corpus.json"
 LOSS_PLOT = "loss.png"
 WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in a directory."""
+    return (run_dir / CONFIG_FILE).exists()
 
 
 def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> TrainConfig:
@@ -47,7 +57,7 @@ def resolve(config: TrainConfig, run_dir: Path, *, resume: bool = False, overwri
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, not a directory; give another place with --run DIR")
-    taken = (run_dir / CONFIG_FILE).exists()
+    taken = holds_run(run_dir)
     if resume and not taken:
         raise UserError(f"nothing to resume: {run_dir} holds no run; leave out --resume to start one")
     if resume:
@@ -80,6 +90,24 @@ def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: boo
         raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
 
 
+@contextlib.contextmanager
+def full_disk_named(run_dir: Path) -> Iterator[None]:
+    """Says of a full disk what it is: the records of a run are small, but they are the first that do not fit.
+
+    Raises:
+      RunFailed: in the place of an OSError that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(
+            f"the disk of {run_dir} is full; the checkpoint of step {saved_step(run_dir)} is whole; "
+            "free some space and continue with --resume"
+        ) from error
+
+
 def _taken(config: TrainConfig, run_dir: Path) -> str:
     previous = read_config(run_dir)
     wanted = config if config.decay_steps else dataclasses.replace(config, decay_steps=previous.decay_steps)
@@ -94,7 +122,7 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT):
+    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT, STALLS_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
@@ -123,7 +151,7 @@ def _write_corpus_facts(corpus: Mixture, run_dir: Path) -> None:
             f"the text of {run_dir} has changed since it was trained on ({corpus.name}); "
             "give it the same text (the embedded corpus needs the same Python version), or start another run"
         )
-    path.write_text(json.dumps(facts) + "\n")
+    write_text(path, json.dumps(facts) + "\n")
 
 
 def read_seen_bytes(run_dir: Path) -> list[int]:

@@ -71,9 +71,14 @@ class Program(NamedTuple):
         """
         return self.level_norms(params, self.init_params())
 
-    def put_batch(self, array: Any) -> Any:
-        """A host array, or several, with the first axis over the mesh's batch axes."""
-        return jax.device_put(array, self.batch_sharding)
+    def put_batch(self, batch: Any) -> Any:
+        """A host array or several, the same on every process, with the first axis over the mesh's batch axes.
+
+        Each process moves only the rows of its own devices.
+        """
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, self.batch_sharding, lambda rows: x[rows]), batch
+        )
 
     @property
     def batch_sharding(self) -> NamedSharding:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hope_jax.models import ARCHITECTURES, ModelConfig, count_parameters, match_parameters
 from hope_jax.training.config import TrainConfig
+from hope_jax.training.distributed import is_primary
 from hope_jax.training.errors import UserError
 from hope_jax.training.loop import Result, train
 from hope_jax.training.overrides import one_line
@@ -45,12 +46,13 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
     return dataclasses.replace(config, model=model, cms_periods=config.cms_periods if has_cms else ())
 
 
-def train_opponent(ours: Result, name: str, *, resume: bool, overwrite: bool, console: Console) -> Result:
+def train_opponent(ours: Result, name: str, *, resume: bool | None, overwrite: bool, console: Console) -> Result:
     """Trains the other model below the run it is compared with, and draws both into that run's loss.png."""
     run_dir = opponent_dir(ours.run_dir, name)
-    resume = resume and run_dir.exists()
+    resume = None if resume else resume
     theirs = train(opponent(ours.config, name), run_dir, resume=resume, overwrite=overwrite, console=console)
-    plot_loss({ours.config.model.name: ours.run_dir, name: run_dir}, ours.run_dir / LOSS_PLOT)
+    if is_primary():
+        plot_loss({ours.config.model.name: ours.run_dir, name: run_dir}, ours.run_dir / LOSS_PLOT)
     return theirs
 
 

@@ -13,7 +13,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import eval_file
 from hope_jax.training.generate import generate_text
 from hope_jax.training.loop import train
-from hope_jax.training.metrics import read_metrics
+from hope_jax.training.metrics import TIMED, read_metrics
 from tests.training.conftest import LINES
 from tests.training.test_ingest import tokenizer_file  # noqa: F401
 
@@ -31,7 +31,7 @@ def table(tmp_path):
 
 
 def records(run_dir):
-    return [{key: value for key, value in one.items() if key != "tokens_per_second"} for one in read_metrics(run_dir)]
+    return [{key: value for key, value in one.items() if key not in TIMED} for one in read_metrics(run_dir)]
 
 
 @pytest.mark.parametrize("documents", [pytest.param("carry", marks=pytest.mark.slow), "carry_reset"])
