@@ -9,7 +9,7 @@ hands its tokens to its memories the compiler exchanges "my tokens of all heads"
 all-to-all), and back behind them. That is exact for every memory, rule and clock.
 
 The mesh is the one in context (`jax.set_mesh`, `on_mesh`). Without one, or where an axis does not divide what it is to
-divide, every hint leaves its argument alone.
+divide, every hint leaves its argument alone; so does `hope_jax.pipeline`, inside which the compiler is on its own.
 """
 
 import math
@@ -41,14 +41,11 @@ def on_mesh[F: Callable[..., Any]](function: F, mesh: Mesh) -> F:
 
 def between_layers(x_BTD: jax.Array) -> jax.Array:
     """The residual stream: rows over the batch axes, tokens over "sequence", channels whole."""
-    mesh = _mesh()
-    if mesh is None:
+    if _mesh() is None:
         return x_BTD
-    rows, tokens = (
-        a if x % math.prod(mesh.shape[n] for n in a) == 0 else None
-        for a, x in zip((BATCH, ("sequence",)), x_BTD.shape[:2], strict=True)
-    )
-    return jax.lax.with_sharding_constraint(x_BTD, P(rows, tokens, None))
+    rows, tokens = batch_axes(x_BTD.shape[0]), ("sequence",) if _divide(("sequence",), x_BTD.shape[1]) else None
+    spec = P(rows or P.UNCONSTRAINED, tokens or P.UNCONSTRAINED, None)
+    return jax.lax.with_sharding_constraint(x_BTD, spec)
 
 
 def gathered(weight: jax.Array) -> jax.Array:
@@ -56,23 +53,14 @@ def gathered(weight: jax.Array) -> jax.Array:
     return weight if _mesh() is None else jax.lax.with_sharding_constraint(weight, P())
 
 
-def by_head(x: jax.Array, axis: int) -> jax.Array:
-    """`x` with the heads along `axis` divided over "tensor" and "sequence", every token of a head on one device."""
-    return _hint(x, axis, head_axes(x.shape[axis]))
-
-
 def head_axes(heads: int) -> tuple[str, ...]:
     """The mesh axes that divide so many heads: as many of `HEADS` as go into them; () without a mesh."""
-    mesh = _mesh()
-    for axes in (HEADS, HEADS[:1], HEADS[1:]):
-        if mesh is not None and heads % math.prod(mesh.shape[a] for a in axes) == 0:
-            return axes
-    return ()
+    return next((axes for axes in (HEADS, HEADS[:1], HEADS[1:]) if _divide(axes, heads)), ())
 
 
-def batch_axes() -> tuple[str, ...] | None:
-    """The mesh axes of the batch, for `jax.vmap(..., spmd_axis_name=)` over rows; None without a mesh."""
-    return None if _mesh() is None else BATCH
+def batch_axes(rows: int) -> tuple[str, ...] | None:
+    """The mesh axes that divide so many rows, for `jax.vmap(..., spmd_axis_name=)`; None if they do not."""
+    return BATCH if _divide(BATCH, rows) else None
 
 
 def placed_delta_rule(**arrays: Any) -> DeltaRuleOutput:
@@ -91,10 +79,16 @@ def _mesh() -> Any:
     return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
-def _hint(x: jax.Array, axis: int, axes: tuple[str, ...]) -> jax.Array:
+def _divide(axes: tuple[str, ...], size: int) -> bool:
+    """Whether there is a mesh whose `axes` together divide `size`, be it by one."""
     mesh = _mesh()
-    parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in axes)
-    if parts == 1 or x.shape[axis] % parts:
+    return mesh is not None and size % math.prod(mesh.shape[a] for a in axes) == 0
+
+
+def by_head(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with the heads along `axis` divided over "tensor" and "sequence", every token of a head on one device."""
+    mesh, axes = _mesh(), head_axes(x.shape[axis])
+    if mesh is None or math.prod(mesh.shape[a] for a in axes) == 1:
         return x
     spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
     spec[axis] = axes

@@ -163,7 +163,9 @@ def test_watch_and_plot(run_dir, tmp_path, capsys):
 
 def test_a_continuation_is_not_traced_again(small, tmp_path, capsys, monkeypatch):
     told = []
-    monkeypatch.setattr("hope_jax.training.command.run_training", lambda *args, **options: told.append(options) or True)
+    monkeypatch.setattr(
+        "hope_jax.training.command.run_training", lambda *args, **options: told.append(options) or Stop.NO
+    )
     for words in (["--profile", "2:3"], ["--profile=2:3"]):
         assert main([*small, "--run", str(tmp_path), *words]) == 0
         assert told[-1]["profile"] == (2, 3)

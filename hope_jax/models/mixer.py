@@ -52,7 +52,7 @@ class Mixer(nnx.Module):
         self, r_BTD: jax.Array, state: Any, *, phase: int | None, mask_BT: jax.Array | None
     ) -> tuple[Any, jax.Array]:
         """Read and write the memories of each row; padding enters as zeros and writes nothing."""
-        params, rows = self._memory(), partial(jax.vmap, spmd_axis_name=batch_axes())
+        params, rows = self._memory(), partial(jax.vmap, spmd_axis_name=batch_axes(r_BTD.shape[0]))
         if mask_BT is None:
             apply = rows(lambda s, r: self.layer.apply(params, s, r, phase=phase))
             state, a_BTD = apply(state, r_BTD)

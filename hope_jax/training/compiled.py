@@ -34,7 +34,7 @@ class Collective(NamedTuple):
     kind: str  # "all-gather", ...
     calls: int  # places in the program, one in a loop counted once
     in_loops: int  # of them inside a loop
-    bytes: int  # that arrive on a device at one pass through all of them
+    bytes: int  # of their results on a device, one pass through all of them
     largest: str  # the largest result, as "f32[8,64]", and the operation of the model that it serves
 
 
@@ -132,8 +132,7 @@ def collectives(hlo: str) -> Iterator[Collective]:
     for line in hlo.splitlines():
         if call := _CALL.search(line):
             shapes, kind, started = call.groups()
-            arrays = _ARRAY.findall(shapes)
-            arrays = arrays[-1:] if started else arrays  # (operand, result) of an asynchronous one
+            arrays = _results(kind, _ARRAY.findall(shapes)) if started else _ARRAY.findall(shapes)
             name = op.group(1) if (op := _OP_NAME.search(line)) else "unknown"
             size = sum(map(_size, arrays))
             label = f"{arrays[-1][0]}[{arrays[-1][1]}] of {_short(name)}" if arrays else _short(name)
@@ -147,6 +146,13 @@ def collectives(hlo: str) -> Iterator[Collective]:
             bytes=sum(size for size, _, _ in calls),
             largest=max(calls)[1],
         )
+
+
+def _results(kind: str, arrays: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of the tuple of an asynchronous start, the results: it holds the operands before them and contexts behind."""
+    if kind == "all-reduce":
+        return arrays  # results alone
+    return arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
 
 
 def _size(array: tuple[str, str]) -> int:

@@ -134,6 +134,7 @@ class TrainConfig:
                 f"mesh.data * mesh.fsdp = {shards} devices; "
                 f"make batch_size a multiple of {shards * self.accumulate}"
             )
+        self._check_heads()
         if self.seq_len % self.mesh.sequence:
             raise UserError(
                 f"seq_len={self.seq_len} does not divide over mesh.sequence={self.mesh.sequence} devices; "
@@ -148,6 +149,18 @@ class TrainConfig:
             raise UserError(
                 f"cms_periods={self.cms_periods}: model={self.model.name} has {levels or 'no'} CMS levels; "
                 f"give {f'at most {levels} periods' if levels else 'none'}"
+            )
+
+    def _check_heads(self) -> None:
+        """Heads that do not divide would be computed on every device, silently."""
+        axes = {"tensor": self.mesh.tensor} | (
+            {} if self.model.architecture.cache else {"sequence": self.mesh.sequence}
+        )
+        if self.model.heads % math.prod(axes.values()):
+            names = " * ".join(f"mesh.{name}={size}" for name, size in axes.items())
+            raise UserError(
+                f"model.heads={self.model.heads} does not divide over {names} devices; change the heads or the mesh "
+                "(memories are divided by heads)"
             )
 
     def _check_model(self) -> None:

@@ -94,7 +94,8 @@ def joined(heartbeat_seconds: int) -> Iterator[None]:
         )
     except (ValueError, RuntimeError) as error:
         if arguments or "coordinator_address" not in str(error):
-            raise UserError(f"the processes could not join: {' '.join(str(error).split())}") from error
+            kind = UserError if isinstance(error, ValueError) else RunFailed  # those that do not come may come later
+            raise kind(f"the processes could not join: {' '.join(str(error).split())}") from error
         yield  # a TPU host that belongs to no pod
         return
     try:

@@ -33,7 +33,12 @@ def aot_report(config: TrainConfig, title: str, topology: str, slices: int = 1, 
       UserError: no such topology, no libtpu, or the mesh needs another number of devices.
       RunFailed: the compiler refuses, for example for want of memory.
     """
+    import jax
+
     os.environ.update(AOT_ENVIRONMENT)  # before the TPU compiler is loaded
+    jax.config.update("jax_platforms", "cpu")  # a machine that has accelerators leaves them alone
+    if slices < 1:
+        raise UserError(f"--slices {slices} must be at least 1")
     devices = topology_devices(topology, slices)
     if config.mesh.size != len(devices):
         raise UserError(
@@ -60,13 +65,13 @@ def topology_devices(topology: str, slices: int = 1) -> list[Any]:
 
 
 def _show(config: TrainConfig, title: str, devices: Any, as_json: bool) -> None:
+    import jax
+
     from hope_jax.training.compiled import compile_step
 
     try:
         report = compile_step(config, devices)
-    except UserError:
-        raise
-    except Exception as error:  # the compiler's refusals have types of their own
+    except jax.errors.JaxRuntimeError as error:
         raise RunFailed(f"the step does not compile on {config.mesh.describe()}: {_first_lines(error)}") from error
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
@@ -106,7 +111,7 @@ def _memory(report: Any, title: str) -> Table:
 
 def _communication(report: Any) -> Table:
     table = Table(title="communication in the compiled step (a loop's body counted once)", title_justify="left")
-    for column in ("", "calls", "in loops", "MiB received", "largest"):
+    for column in ("", "calls", "in loops", "MiB of results", "largest"):
         table.add_column(column, justify="left" if column in ("", "largest") else "right", overflow="fold")
     for found in report.collectives:
         table.add_row(found.kind, str(found.calls), str(found.in_loops), f"{found.bytes / 2**20:,.2f}", found.largest)

@@ -66,8 +66,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """The devices as an array of this shape, neighbours on a torus beside each other, slices along the first axis."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise UserError(f"{slices} slices need mesh.data to be a multiple of {slices}; it is {shape[0]}")

@@ -86,6 +86,13 @@ def test_a_divided_sequence_is_the_whole_one(long_mesh, changes, static):
         assert relative_error(x, y) <= tolerance(x.dtype, spec.tokens * spec.batch)
 
 
+def test_a_divided_sequence_outside_jit(long_mesh):
+    arguments = make_arguments(SPEC._replace(documents=1))
+    found: Any = delta_rule_sharded(mesh=long_mesh, batch="data", sequence="sequence", **arguments)
+    expected: Any = delta_rule(**arguments)
+    assert relative_error(found.y, expected.y) <= tolerance("float32", SPEC.tokens * SPEC.batch)
+
+
 def test_a_divided_sequence_exchanges_states_and_not_tokens(long_mesh):
     arguments = make_arguments(SPEC._replace(momentum=False, tokens=400))
     spec = jax.sharding.PartitionSpec

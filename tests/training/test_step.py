@@ -24,7 +24,7 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 def model(name, **changes):
     return ModelConfig(
-        name=name, dim=16, layers=1, heads=2, memory_hidden=8, cms_hidden=(16, 16), max_length=32, **changes
+        name=name, dim=16, layers=1, heads=4, memory_hidden=8, cms_hidden=(16, 16), max_length=32, **changes
     )
 
 

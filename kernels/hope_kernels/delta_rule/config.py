@@ -19,7 +19,7 @@ class Config:
     heads: int | None = None  # TPU: value heads per grid cell
     group: int | None = None  # TPU: heads computed together inside a cell
     segments: int | None = None  # of the sequence, computed side by side (segments.py); not for `reference`
-    axis: str | None = None  # inside `jax.shard_map`: the mesh axis over which the sequence is divided; not `reference`
+    axis: str | None = None  # what `delta_rule_sharded` sets inside its `shard_map` (check_vma=False): the axis of time
     interpret: Any = None  # True, or the backend's InterpretParams: simulate a TPU or GPU kernel on a CPU
 
     def __post_init__(self):

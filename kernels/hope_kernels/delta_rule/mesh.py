@@ -77,7 +77,7 @@ def divide(
         out_specs=DeltaRuleOutput(*out),
         check_vma=False,  # kernels do not say along which mesh axes their results vary
     )
-    return run(arrays)
+    return jax.jit(run)(arrays)  # run eagerly, the exchange of states crashes the compiler (jax 0.11.2)
 
 
 def _check_divisible(mesh: Any, name: str, axes: Axes, size: int) -> None:
