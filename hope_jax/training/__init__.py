@@ -7,7 +7,12 @@ Each file is one idea:
     documents                   losses of rows that hold several documents
     config  presets  overrides  what a run is; key=value
     sharding  optimizer  step   the training step on a mesh
-    checkpoint  metrics  run_dir  progress  interrupt   what is kept and shown
+    compiled  shard_report      what the compiler makes of it: `hope shard-report`, `hope aot`
+    checkpoint  checksums  files  versions  run_dir     what is kept
+    distributed  interrupt  watchdog                    several processes, requests to stop, steps that do not end
+    metrics  telemetry  timing  memory  level_metrics   the records of a run
+    flops  utilisation  goodput                         how much of the devices and of the time is made use of
+    progress  watch  run_view  plots  profile           what is shown
     loop  versus  command       a run, a comparison, `hope train`
     evaluate  generate  load    using a run
     inspection                  `hope data inspect`
