@@ -34,9 +34,8 @@ def rows():
     return apply, start, {"start": memory.params(jax.random.key(0)), "forget": jnp.array(0.1)}
 
 
-@pytest.mark.parametrize(
-    "groups", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2, 4])
 def test_the_wavefront_is_the_layer(rows, groups):
     apply, start, params = rows
     x_BTK = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH))

@@ -93,6 +93,7 @@ def test_a_divided_sequence_outside_jit(long_mesh):
     assert relative_error(found.y, expected.y) <= tolerance("float32", SPEC.tokens * SPEC.batch)
 
 
+@SLOW
 def test_a_divided_sequence_exchanges_states_and_not_tokens(long_mesh):
     arguments = make_arguments(SPEC._replace(momentum=False, tokens=400))
     spec = jax.sharding.PartitionSpec

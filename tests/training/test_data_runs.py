@@ -34,7 +34,8 @@ def records(run_dir):
     return [{key: value for key, value in one.items() if key not in TIMED} for one in read_metrics(run_dir)]
 
 
-@pytest.mark.parametrize("documents", [pytest.param("carry", marks=pytest.mark.slow), "carry_reset"])
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", ["carry", "carry_reset"])
 def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeypatch, documents):
     import signal
 
