@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from hope_jax.cli import EXIT_PREEMPTED
+from hope_jax.commands.train import EXIT_PREEMPTED
 from hope_jax.training import distributed
 from hope_jax.training.checkpoint import saved_step, saved_steps
 from hope_jax.training.config import MeshConfig

@@ -285,7 +285,7 @@ def test_a_bad_model_or_text_leaves_no_directory(small, tmp_path):
     with pytest.raises(UserError):
         train(dataclasses.replace(small, data=str(tmp_path / "none.txt")), tmp_path / "run")
     with pytest.raises(UserError):
-        train(dataclasses.replace(small, mesh=MeshConfig(tensor=64)), tmp_path / "run")
+        train(dataclasses.replace(small, batch_size=64, mesh=MeshConfig(data=64)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
