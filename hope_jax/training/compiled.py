@@ -16,6 +16,7 @@ import numpy as np
 
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.flops import flops_of
+from hope_jax.training.packing import padding
 from hope_jax.training.step import Program, build_program
 from hope_jax.training.utilisation import model_flops
 from hope_kernels.chips import published
@@ -81,7 +82,7 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> S
       jax.errors.JaxRuntimeError: the compiler refuses; too little memory says how much is missing.
     """
     program = build_program(config, devices)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.uint8, sharding=program.batch_sharding)
+    tokens = abstract_batch(config, program)
     first = program.mesh.devices.flat[0]
     began = time.perf_counter()
     with jax.default_device(first):  # kernels ask for the chip they are compiled for
@@ -103,6 +104,19 @@ def compile_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> S
         step_flops=flops_of(program.train_step, program.abstract_state, tokens).products,
         collectives=tuple(collectives(compiled.as_text() or "")),
         compile_seconds=seconds,
+    )
+
+
+def abstract_batch(config: TrainConfig, program: Program) -> Any:
+    """What the training step of a config reads: tokens, or a `Batch` of documents."""
+    dtype = np.min_scalar_type(config.model.vocab_size - 1)
+    if config.documents == "ignore":
+        rows: Any = np.empty(config.seq_len + 1, dtype)
+    else:
+        segment = config.seq_len if config.documents == "carry" else config.segment
+        rows = padding(config.seq_len, segment, dtype)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype, sharding=program.batch_sharding), rows
     )
 
 

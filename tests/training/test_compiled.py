@@ -79,6 +79,15 @@ def test_the_work_of_memories_is_divided():
     assert flops(divided) < 0.5 * flops(alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", ["reset", "carry", "carry_reset"])
+def test_steps_on_documents_compile(small, documents):
+    config = dataclasses.replace(
+        small, model=dataclasses.replace(small.model, name="delta_net"), documents=documents, mesh=MeshConfig(data=2)
+    )
+    assert compile_step(config).batch > compile_step(dataclasses.replace(config, documents="ignore")).batch
+
+
 def test_the_command_prints_tables_or_json(capsys):
     words = ["shard-report", "smoke", "model=transformer", "--mesh", "fsdp=2"]
     assert main(words) == 0
