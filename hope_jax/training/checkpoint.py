@@ -186,7 +186,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self.directory}; train the run first, without --resume")
         step = self._latest_sound_step()
         if step is None:
-            raise UserError(f"every checkpoint in {self.directory} is damaged; train the run again, with --overwrite")
+            raise UserError(self._all_damaged())
         meta = json.loads((self.directory / str(step) / META).read_text())
         self._check_owner(step, meta, expected)
         args = self._ocp.args
@@ -202,6 +202,18 @@ class Checkpoints:
         # Restored arrays are not reliably donatable; one pass through jit makes them the runtime's own.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), meta
+
+    def check_none_is_damaged(self) -> None:
+        """Refuses to begin a run again silently whose checkpoints have all been put aside.
+
+        Raises:
+          UserError: there are damaged checkpoints and no other.
+        """
+        if self.latest_step() is None and any(self.directory.glob(f"*{DAMAGED}")):
+            raise UserError(self._all_damaged())
+
+    def _all_damaged(self) -> str:
+        return f"every checkpoint in {self.directory} is damaged; train the run again, with --overwrite"
 
     def _latest_sound_step(self) -> int | None:
         """The latest step whose files are as they were written; those after it are put aside."""

@@ -1,7 +1,7 @@
 """Training batches as a pure function of (seed, step): the position of the data is one integer.
 
-Every kind of batches has `batches[step]`, the global batch of a step, and `rows(step, low, high)`, some of its rows:
-what a host reads is its contiguous rows, so that the global batch is the same on any number of hosts, and resuming at
+Every kind of batches has `batches[step]`, the global batch of a step, and `rows(step, low, high)`, some of its rows.
+The global batch does not depend on the number of hosts, each of which keeps the rows of its devices, and resuming at
 step k needs k and nothing else.
 
 `TrainBatches` cuts the text into windows of `length + 1` tokens that share one (the target of the last position is the
@@ -213,11 +213,13 @@ def _apportion(shares: Sequence[float], rows: int) -> list[int]:
     """Whole rows by share, largest remainders first, none without a row."""
     if len(shares) > rows:
         raise UserError(f"batch_size={rows} rows cannot carry {len(shares)} sources, one lane each; make it larger")
-    exact = np.array(shares) / sum(shares) * (rows - len(shares))
-    counts = np.floor(exact).astype(int)
-    for i in np.argsort(counts - exact, kind="stable")[: rows - len(shares) - counts.sum()]:
-        counts[i] += 1
-    return (counts + 1).tolist()
+    exact = np.array(shares) / sum(shares) * rows
+    counts = np.maximum(np.floor(exact).astype(int), 1)
+    while counts.sum() < rows:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > rows:  # the sources that were lifted to a row take it from the others
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    return counts.tolist()
 
 
 def training_batches(mixture: "Mixture", config: "TrainConfig") -> Batches:

@@ -23,6 +23,7 @@ import numpy as np
 from hope_jax.training.errors import RunFailed, UserError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
 FAREWELL_SECONDS = 20  # how long a process that is done waits for the others
 ROLL_CALL_SECONDS = 5  # how long the others have to answer when one is missing
 
@@ -106,6 +107,8 @@ def joined(heartbeat_seconds: int) -> Iterator[None]:
         missing = roll_call("after an error")
         who = f"process {_list(missing)} is gone: " if missing else ""
         _leave_at_once(f"hope: process {index()}: {who}{' '.join(str(error).split())[:500]}", RunFailed.status)
+    except KeyboardInterrupt:
+        _leave_at_once("hope: interrupted", INTERRUPTED)
     except BaseException as error:
         _leave_at_once("".join(traceback.format_exception(error)), RunFailed.status)
     jax.distributed.shutdown()
@@ -186,7 +189,7 @@ class Vote:
         return (0 if before is None else int(before)), link
 
 
-_names = itertools.count()
+_names = itertools.count()  # the same on every process: all of them meet at the same places
 
 
 def barrier(name: str, seconds: float = 600) -> None:
@@ -241,8 +244,34 @@ def _answer(reason: str) -> str:
     return f"hope/roll_call/{reason}/{index()}"
 
 
+def agree(what: str, text: str) -> None:
+    """Refuses a run whose processes do not say the same.
+
+    Args:
+      what: the text is of, for the message.
+      text: of this process.
+    Raises:
+      UserError: on every process; the message names those that differ from the first.
+    """
+    if jax.process_count() == 1:
+        return
+    key = f"hope/agree/{next(_names)}"
+    _client().key_value_set(f"{key}/{index()}", text)
+    barrier(what)
+    said = {int(name.rpartition("/")[2]): other for name, other in _client().key_value_dir_get(key)}
+    others = sorted(number for number, other in said.items() if other != said[0])
+    if others:
+        raise UserError(
+            f"process {_list(others)} has another {what} than process 0 ({said[others[0]]} there, {said[0]} here); "
+            "give every process the same command, the same text and the same Python"
+        )
+
+
 def _absent(key: str) -> list[int]:
-    present = {int(name.rpartition("/")[2]) for name, _ in _client().key_value_dir_get(key)}
+    try:
+        present = {int(name.rpartition("/")[2]) for name, _ in _client().key_value_dir_get(key)}
+    except jax.errors.JaxRuntimeError:
+        return [0]  # who keeps the list
     return [number for number in range(jax.process_count()) if number not in present]
 
 

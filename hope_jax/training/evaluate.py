@@ -12,7 +12,7 @@ import numpy as np
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.corpus import ONE_DOCUMENT
 from hope_jax.training.data import EvalBatch, document_eval_batches, eval_batches
-from hope_jax.training.errors import RunFailed
+from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.step import Program, bits
 from hope_jax.training.vocabulary import BYTES
 
@@ -97,6 +97,8 @@ def eval_file(run_dir: Path, path: Path) -> str:
     text = np.frombuffer(read_text(path), np.uint8)
     vocabulary = run_vocabulary(run_dir)
     data = vocabulary.encode([text.tobytes().decode()])[0]
+    if not data.size:
+        raise UserError(f"{path} holds no token of this run's tokenizer; give another text")
     run = load_run(run_dir)
     bpb = evaluate(run.program, run.state.params, data, run.config, bytes_per_token=text.size / data.size)
     unit = "bytes" if vocabulary.name == BYTES else "tokens"

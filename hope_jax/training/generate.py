@@ -120,6 +120,10 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary, seen: list[int]) -> Seque
     """
     if vocabulary.name == BYTES:
         return check_prompt(prompt.encode("utf-8", "surrogateescape"), seen)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt!r} is not UTF-8; this run reads text through a tokenizer") from error
     tokens = vocabulary.encode([prompt])[0].tolist()
     return tokens or [vocabulary.end if vocabulary.end in seen else seen[0]]
 

@@ -145,6 +145,10 @@ class Clock:
         finally:
             self._write("ended")
 
+    def starts_at(self, step: int) -> None:
+        """The step that this process continues from, where it is not the one that `keep` was told."""
+        self._steps = (step, step)
+
     def step(self, step: int) -> None:
         """A step is done."""
         self._steps = (self._steps[0], step)

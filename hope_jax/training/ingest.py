@@ -142,6 +142,8 @@ def _build(folder: Path, name: str, pieces: Iterator[Piece], vocabulary: Vocabul
             raise UserError(f"{name} holds no text; give a source with some text in it")
         if not validation.tokens:
             train.move_tail(validation, vocabulary.dtype)
+        if not train.tokens:
+            raise UserError(f"{name} is too short to hold some of it out for validation; give a longer source")
     facts: dict[str, Any] = {"vocabulary": vocabulary.name}
     for half in (train, validation):
         np.save(half.index, np.frombuffer(half.starts, np.int64), allow_pickle=False)

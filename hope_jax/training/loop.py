@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hope_jax.training import distributed
 from hope_jax.training.checkpoint import Checkpoints, describe, fingerprints, saved_step
-from hope_jax.training.config import TrainConfig
+from hope_jax.training.config import TrainConfig, config_hash
 from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
@@ -27,6 +27,8 @@ from hope_jax.training.step import Metrics, Program, TrainState, build_program
 from hope_jax.training.telemetry import Telemetry, finite
 from hope_jax.training.utilisation import seconds_at_peak
 from hope_jax.training.watchdog import Watchdog
+
+INGEST_SECONDS = 24 * 3600  # how long the processes wait for the one that is slowest to read the text
 
 
 class Result(NamedTuple):
@@ -85,22 +87,24 @@ def train(
     clock = Clock()
     primary = distributed.is_primary()
     console = console if console and primary else Console(quiet=True)
+    found = resume is None  # whether to resume was for us to find out
     resume = holds_run(run_dir) if resume is None else resume
     check_wandb(config)
-    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
-    batches = training_batches(corpus, config)
     config = resolve(config, run_dir, resume=resume, overwrite=overwrite)
     program = build_program(config)
     distributed.check_mesh(program.mesh)
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
+    if profile is not None and found and (saved or 0) >= profile.last:
+        profile = None  # traced before the run was continued
     if profile is not None:
         check_steps(profile, saved or 0, config.steps)
-    distributed.barrier("start")  # all have looked at the directory
-    if primary:
-        claim(config, corpus, run_dir, overwrite=overwrite and not resume)
-    distributed.barrier("run directory")
+    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
+    batches = training_batches(corpus, config)
+    distributed.barrier("text", INGEST_SECONDS)  # and all have looked at the directory
+    distributed.agree("config or text", f"{config_hash(config)} {config.mesh.describe()} {corpus.sha256[:16]}")
+    _claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
     with (
         full_disk_named(run_dir),
@@ -110,6 +114,7 @@ def train(
     ):
         state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
         start = int(state.step)
+        clock.starts_at(start)
         with clock.doing("compile"):
             at_peak = seconds_at_peak(config, list(program.mesh.devices.flat))
             telemetry = Telemetry(config, clock, at_peak, corpus.bytes_per_token("train"))
@@ -135,6 +140,19 @@ def train(
     return Result(run_dir, config, program, corpus, state, start, stop, validation_bpb, speed, clock.elapsed)
 
 
+def _claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: bool) -> None:
+    """The first process takes the run directory; what keeps it from that, it tells the others."""
+    problem = None
+    if distributed.is_primary():
+        try:
+            claim(config, corpus, run_dir, overwrite=overwrite)
+        except UserError as error:
+            problem = str(error)
+    problem = distributed.first_of(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
 def _opening(config: TrainConfig, program: Program) -> str:
     tokens = config.steps * config.batch_size * config.seq_len
     unit = "bytes" if config.tokenizer == "bytes" else "tokens"
@@ -153,6 +171,7 @@ def count(params: Any) -> int:
 
 def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any], clock: Clock) -> TrainState:
     if checkpoints.latest_step() is None:
+        checkpoints.check_none_is_damaged()
         with clock.doing("compile"):
             return program.init()
     with clock.doing("restore"):
@@ -184,6 +203,7 @@ class _Run:
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
         self.watchdog, self.run_dir, self.telemetry, self.trace = watchdog, run_dir, telemetry, trace
         self.clock, self.times = telemetry.clock, telemetry.times
+        self._evaluated = {r["step"] for r in read_metrics(run_dir) if "validation_bits_per_byte" in r}
 
     def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop]) -> TrainState:
         """Runs to the end or until one process is asked to stop; the state it returns is saved, or is being saved."""
@@ -247,8 +267,8 @@ class _Run:
         self.watchdog.beat(step)
         if self.writer is None:
             return bpb
-        known = {record["step"] for record in read_metrics(self.run_dir) if "validation_bits_per_byte" in record}
-        if step not in known:
+        if step not in self._evaluated:
+            self._evaluated.add(step)
             self.writer.write(step, **self.telemetry.of_evaluation(bpb, distances))
         return bpb
 

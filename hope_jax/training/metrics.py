@@ -57,7 +57,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int):
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(run_dir), purge_step=resume_step + 1 if resume_step else None)
+        self._events = SummaryWriter(str(run_dir), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -78,13 +78,14 @@ def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: boo
     Raises:
       UserError: the run that is continued was trained on other text, or the directory cannot be written.
     """
+    tokenizer = None if config.tokenizer == BYTES else Path(config.tokenizer).read_text()  # before it is removed
     if overwrite:
         remove_run(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_corpus_facts(corpus, run_dir)
-        if config.tokenizer != BYTES:
-            shutil.copyfile(config.tokenizer, run_dir / TOKENIZER_FILE)
+        if tokenizer is not None:
+            write_text(run_dir / TOKENIZER_FILE, tokenizer)
         write_config(config, run_dir)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error.strerror}; give another place with --run DIR") from error
@@ -102,9 +103,10 @@ def full_disk_named(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        step = saved_step(run_dir)
+        saved = "no checkpoint was saved before it" if step is None else f"the checkpoint of step {step} is whole"
         raise RunFailed(
-            f"the disk of {run_dir} is full; the checkpoint of step {saved_step(run_dir)} is whole; "
-            "free some space and continue with --resume"
+            f"the disk of {run_dir} is full; {saved}; free some space and continue with --resume"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hope_jax.training import distributed
 
+LAST_WORDS = 1.0  # seconds
 STALLS_FILE = "stalls.txt"
 STALL = "stall"
 
@@ -59,4 +60,4 @@ class Watchdog:
 
     def __exit__(self, *exc: Any) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(LAST_WORDS)  # a report waits for answers; the process does not wait for the report

@@ -11,7 +11,7 @@ import pytest
 from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.corpus import Corpus
-from hope_jax.training.data import document_eval_batches, feed, training_batches
+from hope_jax.training.data import _apportion, document_eval_batches, feed, training_batches
 from hope_jax.training.errors import UserError
 from hope_jax.training.mixture import Mixture
 from hope_jax.training.packing import Batch, efficiency, pack
@@ -180,3 +180,16 @@ def test_configs_that_do_not_fit():
         TrainConfig(seq_len=48, documents="reset", document_multiple=24)
     with pytest.raises(UserError, match=r"no document .* two tokens"):
         batches("reset", [corpus(*text([1, 1]))])
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows", "counts"),
+    [([0.9, 0.1], 10, [9, 1]), ([0.7, 0.3], 4, [3, 1]), ([0.99, 0.01], 4, [3, 1]), ([1, 1, 1], 5, [2, 2, 1])],
+)
+def test_rows_are_shared_out_by_weight_and_nobody_goes_without(shares, rows, counts):
+    assert _apportion(shares, rows) == counts
+
+
+def test_too_few_rows_for_the_sources():
+    with pytest.raises(UserError, match="batch_size=1 rows cannot carry 2 sources"):
+        _apportion([0.5, 0.5], 1)

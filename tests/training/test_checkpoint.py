@@ -19,6 +19,7 @@ from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.load import load_run
 from hope_jax.training.loop import train
+from hope_jax.training.metrics import read_metrics
 from hope_jax.training.step import build_program
 
 SUM = "0" * 64
@@ -188,6 +189,15 @@ def test_when_every_checkpoint_is_damaged(run_dir, small, program):
         (run_dir / "ckpt" / str(step) / "meta" / "metadata").unlink()
     with Checkpoints(run_dir) as checkpoints, pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         restored_step(checkpoints, small, program)
+
+
+def test_a_run_whose_checkpoints_were_put_aside_does_not_begin_again(run_dir, small):
+    for step in (2, 4):
+        (run_dir / "ckpt" / str(step) / "meta" / "metadata").unlink()
+    for _ in range(2):  # the second finds them put aside
+        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; .*--overwrite"):
+            train(small, run_dir, resume=True)
+    assert [record["step"] for record in read_metrics(run_dir) if "loss" in record]
 
 
 def test_a_partial_save_is_never_read_and_is_removed(run_dir, small, program, state):

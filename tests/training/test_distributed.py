@@ -70,7 +70,10 @@ def test_rows_lie_where_the_mesh_says(small):
     assert [shard.data.shape for shard in placed.addressable_shards] == [(1, 17)] * 4
 
 
-def test_sigterm_is_a_request_and_counts_more_than_ctrl_c():
+def test_sigterm_is_a_request_and_counts_more_than_ctrl_c(request):
+    # As in a terminal: a process in the background of a shell is born deaf to SIGINT.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, deaf))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
