@@ -191,7 +191,9 @@ def test_when_every_checkpoint_is_damaged(run_dir, small, program):
         restored_step(checkpoints, small, program)
 
 
-def test_a_run_whose_checkpoints_were_put_aside_does_not_begin_again(run_dir, small):
+def test_a_run_whose_checkpoints_were_put_aside_does_not_begin_again(small, tmp_path):
+    run_dir = tmp_path / "run"
+    train(dataclasses.replace(small, steps=4), run_dir)
     for step in (2, 4):
         (run_dir / "ckpt" / str(step) / "meta" / "metadata").unlink()
     for _ in range(2):  # the second finds them put aside
