@@ -14,10 +14,12 @@ import hope_jax
 CORE = sorted(m.name for m in pkgutil.iter_modules(hope_jax.__path__, "hope_jax.") if not m.ispkg)
 CORE = [name for name in CORE if name.rpartition(".")[2] not in ("__main__", "cli")]
 
+LONG = {"hope_jax.sequence", "hope_jax.self_modifying", "hope_jax.memory_layer"}  # they compile a dozen layers
+
 PUBLIC = [name for name in hope_jax.__all__ if inspect.isfunction(getattr(hope_jax, name))]
 
 
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in CORE])
 def test_examples_run(name):
     """Under numpy's plain printing and without the strict session: a reader starts from neither."""
     module = importlib.import_module(name)

@@ -68,6 +68,7 @@ def test_losses_of_a_document_are_those_of_the_document_alone(case):
         np.testing.assert_allclose(found[of == number], alone, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_no_gradient_leaks_across_a_boundary(case):
     """The loss of one document does not depend on the embedding of a token that occurs in another only."""
     model, lm, params, _, _, batch, of = case
@@ -118,7 +119,7 @@ def random_batch(config, seed=0, multiple=None):
 @pytest.mark.parametrize(
     "name", ["delta_net", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hope", "hope_fast"))]
 )
-@pytest.mark.parametrize("documents", ["carry", "carry_reset"])
+@pytest.mark.parametrize("documents", [pytest.param("carry", marks=pytest.mark.slow), "carry_reset"])
 def test_two_steps_that_carry_read_as_one_long_row(documents, name):
     """With a learning rate of zero: the losses of two steps are those of a row of twice the length."""
     config = train_config(name, documents=documents, learning_rate=1e-30, final_learning_rate=0.0, weight_decay=0.0)
