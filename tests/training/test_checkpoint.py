@@ -316,7 +316,9 @@ def test_a_real_full_disk(text_file, tmp_path, foreseen):
     mount = f"mkdir {run_dir}; mount -t tmpfs -o size=12m tmpfs {run_dir}; exec {sys.executable} -"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], input=script, capture_output=True, text=True)
     print(done.stdout, done.stderr)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if line.startswith("hope: ")]
+    assert ours == done.stderr.splitlines()[-1:]  # what writes the arrays may complain of the failed save before it
     assert ("no room to save" if foreseen else "(the disk is full)") in done.stderr
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines()[-3:])
     assert said["steps"] == said["names"] and said["loaded"] == said["steps"].split()[-1]
