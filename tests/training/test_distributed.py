@@ -227,10 +227,8 @@ def test_killed_at_random_moments(config, cache, tmp_path, count):
         assert all(steps[step] == seen[step] for step in steps.keys() & seen.keys())
         seen.update(steps)
         last, now = max(steps, default=0), saved_step(run_dir) or 0
-        assert last - now <= every * (2 if partial else 1), (
-            last,
-            now,
-        )  # asynchronous: the save in progress is lost too
+        # The save in progress is lost too, whether or not its directory is there already; the next one waits for it.
+        assert last - now <= 2 * every, (last, now)
         gained.append(now - complete)
         how = ", in a save" * partial + ", others ended" * alone
         print(f"kill {kill}: process {victim}, {complete} -> {last}, saved {now}{how}")
