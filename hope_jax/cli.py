@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hope_jax.commands import bench, compiled, look, train, use
-from hope_jax.commands.train import EXIT_INTERRUPTED
-from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from hope_jax.training.presets import describe_presets
 
 

@@ -5,11 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hope_jax.commands import Commands
+from hope_jax.training.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS, describe_presets, preset
-
-EXIT_PREEMPTED = 42
-EXIT_INTERRUPTED = 130
 
 _OVERRIDES = "key=value changes the preset; a wrong key lists them all."
 _STATUS = f"""exit status:

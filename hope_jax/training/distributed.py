@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.errors import EXIT_INTERRUPTED, RunFailed, UserError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
 FAREWELL_SECONDS = 20  # how long a process that is done waits for the others
 ROLL_CALL_SECONDS = 5  # how long the others have to answer when one is missing
 
@@ -108,7 +107,7 @@ def joined(heartbeat_seconds: int) -> Iterator[None]:
         who = f"process {_list(missing)} is gone: " if missing else ""
         _leave_at_once(f"hope: process {index()}: {who}{' '.join(str(error).split())[:500]}", RunFailed.status)
     except KeyboardInterrupt:
-        _leave_at_once("hope: interrupted", INTERRUPTED)
+        _leave_at_once("hope: interrupted", EXIT_INTERRUPTED)
     except BaseException as error:
         _leave_at_once("".join(traceback.format_exception(error)), RunFailed.status)
     jax.distributed.shutdown()

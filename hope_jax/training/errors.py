@@ -1,4 +1,7 @@
-"""The exceptions that a user, not a programmer, reads: one line with the remedy, never a traceback."""
+"""How a command ends early: exceptions that a user reads (one line with the remedy, no traceback), and statuses."""
+
+EXIT_PREEMPTED = 42  # SIGTERM, saved: a launcher starts the same command again
+EXIT_INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(ValueError):

@@ -96,14 +96,9 @@ def train(
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
-    if profile is not None and found and (saved or 0) >= profile.last:
-        profile = None  # traced before the run was continued
-    if profile is not None:
-        check_steps(profile, saved or 0, config.steps)
+    profile = _still_to_trace(profile, saved or 0, config.steps, found)
     corpus = load_mixture(config, lambda line: console.print(line, markup=False))
     batches = training_batches(corpus, config)
-    distributed.barrier("text", INGEST_SECONDS)  # and all have looked at the directory
-    distributed.agree("config or text", f"{config_hash(config)} {config.mesh.describe()} {corpus.sha256[:16]}")
     _claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
     with (
@@ -140,8 +135,18 @@ def train(
     return Result(run_dir, config, program, corpus, state, start, stop, validation_bpb, speed, clock.elapsed)
 
 
+def _still_to_trace(steps: Steps | None, saved: int, last: int, found: bool) -> Steps | None:
+    """The steps to trace; None for those that were traced before a launcher `found` the run and continues it."""
+    if steps is None or (found and saved >= steps.last):
+        return None
+    check_steps(steps, saved, last)
+    return steps
+
+
 def _claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: bool) -> None:
-    """The first process takes the run directory; what keeps it from that, it tells the others."""
+    """All have read the same; the first process takes the run directory, and says what keeps it from that."""
+    distributed.barrier("text", INGEST_SECONDS)  # and all have looked at the directory
+    distributed.agree("config or text", f"{config_hash(config)} {config.mesh.describe()} {corpus.sha256[:16]}")
     problem = None
     if distributed.is_primary():
         try:

@@ -13,8 +13,7 @@ from rich.table import Table
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.overrides import one_line
-
-AOT_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+from hope_kernels.aot import ENVIRONMENT
 
 
 def shard_report(config: TrainConfig, title: str, *, as_json: bool = False) -> None:
@@ -35,7 +34,7 @@ def aot_report(config: TrainConfig, title: str, topology: str, slices: int = 1, 
     """
     import jax
 
-    os.environ.update(AOT_ENVIRONMENT)  # before the TPU compiler is loaded
+    os.environ.update(ENVIRONMENT)  # before the TPU compiler is loaded
     jax.config.update("jax_platforms", "cpu")  # a machine that has accelerators leaves them alone
     if slices < 1:
         raise UserError(f"--slices {slices} must be at least 1")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hope_jax.training.shard_report import AOT_ENVIRONMENT
+from hope_kernels.aot import ENVIRONMENT
 from tests.training import aot_step
 
 pytest.importorskip("libtpu")
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.aot, pytest.mark.slow]
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **AOT_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
 

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from hope_jax.commands.train import EXIT_PREEMPTED
 from hope_jax.training import distributed
 from hope_jax.training.checkpoint import saved_step, saved_steps
 from hope_jax.training.config import MeshConfig
 from hope_jax.training.data import TrainBatches
-from hope_jax.training.errors import RunFailed, UserError
+from hope_jax.training.errors import EXIT_PREEMPTED, RunFailed, UserError
 from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.loop import train
 from hope_jax.training.metrics import read_metrics
