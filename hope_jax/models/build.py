@@ -25,9 +25,7 @@ def build_lm(config: ModelConfig) -> LM:
       >>> logits.shape
       (1, 8, 256)
     """
-    if not config.fast_chunks or config.cms_eta == 0:  # a level with learning rate 0 is an ordinary MLP
-        return skeleton(config)
-    return with_fast_levels(config)
+    return with_fast_levels(config) if config.adapts else skeleton(config)
 
 
 def build(name: str, config: ModelConfig | None = None) -> LM:

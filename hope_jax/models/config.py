@@ -163,6 +163,11 @@ class ModelConfig:
         return self.cms_chunks or tuple(sorted({chunk for chunk in self.mlp_chunks if chunk is not None}))
 
     @property
+    def adapts(self) -> bool:
+        """Whether any level learns inside the sequence; one whose step is 0 is an ordinary MLP."""
+        return bool(self.fast_chunks) and self.cms_eta != 0
+
+    @property
     def branches(self) -> int:
         """Residual branches in the whole model."""
         return self.layers * (1 + len(self.cms_hidden) if self.has_cms else 2)

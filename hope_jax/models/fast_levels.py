@@ -1,27 +1,18 @@
-"""Levels that adapt inside the sequence, as a wrapper around a model (spec 6.2 to 6.6).
+"""A chunked model as an ordinary one: a stream in calls of any length, with the open chunk's tokens in the state.
 
-The nest is outside the layers: its error function runs the whole model over one chunk of the fastest clock
-and returns the gradient of the summed next-token loss with respect to each fast level's weights. What was
-carried in from earlier chunks (caches, memories, convolution tails) is an argument of that gradient: constant
-for the write, and still differentiable for the outer optimizer.
-
-The unit of the nest is therefore one chunk of the fastest level, not one token: cutting such a chunk in two
-would make its first half a constant for its second and change the write. Tokens of an unfinished chunk wait
-in `FastState.tokens_BC`, and a chunk is written once the token after it, its last target, has been read. That
-token is also the first that may see the new weights, so streaming and training give the same logits.
+The unit of the nest is one chunk of the fastest level, not one token: cutting such a chunk in two would make its first
+half a constant for its second and change the write. Tokens of an unfinished chunk wait in `FastState.tokens_BC`, and a
+chunk is written once the token after it, its last target, has been read. That token is also the first that may see
+the new weights, so streaming and training give the same logits.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from hope_jax import Nest, level, nest, nest_with_starts
-
+from .chunked import chunked, cut_chunks
 from .config import ModelConfig
-from .fast_weights import Weights, fast_weights
 from .functional import Params
 from .lm import LM, check_call, reset_rows, skeleton
 
@@ -34,15 +25,6 @@ class FastState(NamedTuple):
     tokens_BC: jax.Array  # [B, C] int32, the open chunk
     mask_BC: jax.Array  # [B, C] bool, False at padding
     filled_B: jax.Array  # [B] int32, tokens in the open chunk; it stays full until the next token is read
-
-
-class Chunks(NamedTuple):
-    """Whole chunks that are ready to be written."""
-
-    tokens_BNC: jax.Array
-    target_BNC: jax.Array  # the next tokens
-    mask_BNC: jax.Array  # the token is real
-    taught_BNC: jax.Array  # the token and its target are real
 
 
 def with_fast_levels(config: ModelConfig) -> LM:
@@ -64,34 +46,18 @@ def with_fast_levels(config: ModelConfig) -> LM:
 
     Reference: paper (70) to (74); spec 6.2, 6.3, 6.5, 6.6.
     """
-    model = skeleton(config)
-    size, start_weights = config.fast_chunks[0], fast_weights(config).take
-    nested = functools.partial(_nest, config, model)
-    nested({})  # refuse bad chunk sizes now, not at the first call
+    model = chunked(config)
+    size = model.size
 
     def init_state(params: Params, batch_size: int) -> FastState:
-        carry = model.init_state(params, batch_size)
-        start = jax.vmap(lambda row: nested(params).init(start_weights(params), row))(carry)
+        start = model.init(params, batch_size)
         return FastState(
-            nest=start._replace(phase=jnp.zeros(batch_size, jnp.int32)),
-            ahead=carry,
+            nest=start,
+            ahead=start.carry,
             tokens_BC=jnp.zeros((batch_size, size), jnp.int32),
             mask_BC=jnp.zeros((batch_size, size), bool),
             filled_B=jnp.zeros(batch_size, jnp.int32),
         )
-
-    def read(params: Params, state: Any, carry: Any, tokens_BT: jax.Array, mask_BT: jax.Array, phase: int | None):
-        """Run the model over tokens with each row's fast weights: the new carry and the logits."""
-
-        def row(levels, carry, tokens_T, mask_T):
-            weights = _current(config, levels)
-            return _run(config, model, params, weights, carry, tokens_T, mask_T, phase)
-
-        return jax.vmap(row)(state.levels, carry, tokens_BT, mask_BT)
-
-    def write(params: Params, state: Any, chunks: Chunks, phase: int | None):
-        """Step the nest over whole chunks, `phase` of which were written before: its state and the logits."""
-        return jax.vmap(lambda row, xs: nested(params).apply(row, xs, phase))(state, chunks)
 
     def known(params: Params, state: FastState, tokens_BT: jax.Array, mask_BT: jax.Array, phase: int):
         """A call that knows its clock: whole chunks, then the open one."""
@@ -103,13 +69,13 @@ def with_fast_levels(config: ModelConfig) -> LM:
         end = count * size
         if count == 0:
             inner, rest = state.nest, (tokens_BT[:, held:], mask_BT[:, held:])
-            ahead, logits_BTV = read(params, inner, state.ahead, *rest, phase)
+            ahead, logits_BTV = model.read(params, inner.levels, state.ahead, *rest, phase)
         else:
-            chunks = _chunks(tokens_BT[:, : end + 1], mask_BT[:, : end + 1], count)
-            inner, logits_BNCV = write(params, state.nest, chunks, written)
+            chunks = cut_chunks(tokens_BT[:, : end + 1], mask_BT[:, : end + 1], count)
+            inner, logits_BNCV = model.write(params, state.nest, chunks, written)
             head_BTV = logits_BNCV.reshape(tokens_BT.shape[0], end, -1)[:, held:]
             rest = (tokens_BT[:, end:], mask_BT[:, end:])
-            ahead, tail_BTV = read(params, inner, inner.carry, *rest, (written + count) * size)
+            ahead, tail_BTV = model.read(params, inner.levels, inner.carry, *rest, (written + count) * size)
             logits_BTV = jnp.concatenate([head_BTV, tail_BTV], axis=1)
         open_ = held + new - end
         room = ((0, 0), (0, size - open_))
@@ -128,11 +94,11 @@ def with_fast_levels(config: ModelConfig) -> LM:
         def close(inner):
             tokens = jnp.concatenate([state.tokens_BC, token_B[:, None]], axis=1)
             mask = jnp.concatenate([state.mask_BC, mask_B[:, None]], axis=1)
-            after, _ = write(params, inner, _chunks(tokens, mask, 1), None)
+            after, _ = model.write(params, inner, cut_chunks(tokens, mask, 1), None)
             return jax.tree.map(lambda a, b: jnp.where(_rows(due_B, a), a, b), after, inner)
 
         inner = jax.lax.cond(jnp.any(due_B), close, lambda inner: inner, state.nest)
-        ahead, logits_B1V = read(params, inner, state.ahead, token_B[:, None], mask_B[:, None], None)
+        ahead, logits_B1V = model.read(params, inner.levels, state.ahead, token_B[:, None], mask_B[:, None], None)
         place_B = jnp.where(due_B, 0, state.filled_B)
         rows = jnp.arange(token_B.shape[0])
         tokens_BC = jnp.where(due_B[:, None], 0, state.tokens_BC).at[rows, place_B].set(token_B)
@@ -155,70 +121,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
         state, logits_TBV = jax.lax.scan(lambda state, x: step(params, state, *x), state, (tokens_BT.T, mask_BT.T))
         return state, jnp.swapaxes(logits_TBV, 0, 1)
 
-    return LM(model.init, init_state, apply, reset_rows(init_state))
-
-
-def _nest(config: ModelConfig, model: LM, params: Params) -> Nest:
-    """The nest of one row around the model with these parameters; its clock counts the fastest chunks."""
-    sizes, size = config.fast_chunks, config.fast_chunks[0]
-    truncation = (*config.bptt_chunks, *(None for _ in sizes))
-    levels = [
-        level(None, optax.sgd(config.cms_eta / tokens), tokens // size, bptt_chunks=writes)
-        for tokens, writes in zip(sizes, truncation, strict=False)
-    ]
-    phase = _phase_of_chunks(config)
-
-    def error(weights: Weights, carry: Any, chunk: Chunks):
-        tokens_C, target_C, mask_C, taught_C = (leaf[0] for leaf in chunk)
-
-        def loss(weights: Weights, carry: Any):
-            carry, logits_CV = _run(config, model, params, weights, carry, tokens_C, mask_C, phase)
-            log_p_C = jnp.take_along_axis(jax.nn.log_softmax(logits_CV), target_C[:, None], axis=1)[:, 0]
-            return -jnp.sum(jnp.where(taught_C, log_p_C, 0)), (carry, logits_CV)
-
-        errors, (carry, logits_CV) = jax.grad(loss, has_aux=True)(weights, carry)
-        return errors, carry, logits_CV[None]
-
-    make = functools.partial(nest_with_starts, meta=config.cms_meta) if config.cms_variant == "nested" else nest
-    return make(*levels, error=error, remat=config.remat != "none")
-
-
-def _current(config: ModelConfig, levels: tuple[Any, ...]) -> Weights:
-    """The weights that read, from the states of the nest's levels; nested levels lie between their start states."""
-    return tuple(one.start for one in (levels[::2] if config.cms_variant == "nested" else levels))
-
-
-def _phase_of_chunks(config: ModelConfig) -> int | None:
-    """What the model is told about its clock at the start of a chunk: 0 if its memories are at a boundary."""
-    at_boundary = config.fast_chunks[0] % max(config.chunk_proj, config.chunk_mem) == 0
-    return 0 if config.name == "hope" and at_boundary else None
-
-
-def _run(
-    config: ModelConfig,
-    model: LM,
-    params: Params,
-    weights: Weights,
-    carry: Any,
-    tokens_T: jax.Array,
-    mask_T: jax.Array,
-    phase: int | None,
-) -> tuple[Any, jax.Array]:
-    """The model on one row with these fast weights."""
-    carry = jax.tree.map(lambda leaf: leaf[None], carry)
-    params = fast_weights(config).put(params, weights)
-    carry, logits_BTV = model.apply(params, carry, tokens_T[None], phase=phase, mask_BT=mask_T[None])
-    return jax.tree.map(lambda leaf: leaf[0], carry), logits_BTV[0]
-
-
-def _chunks(tokens_BT: jax.Array, mask_BT: jax.Array, count: int) -> Chunks:
-    """Cut `count * C + 1` tokens into chunks with their targets."""
-
-    def cut(x_BT: jax.Array) -> jax.Array:
-        return x_BT.reshape(x_BT.shape[0], count, -1)
-
-    taught_BT = mask_BT[:, :-1] & mask_BT[:, 1:]
-    return Chunks(cut(tokens_BT[:, :-1]), cut(tokens_BT[:, 1:]), cut(mask_BT[:, :-1]), cut(taught_BT))
+    return LM(skeleton(config).init, init_state, apply, reset_rows(init_state))
 
 
 def _rows(flag_B: jax.Array, like: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def generate_bytes(
     """
     state, logits_V = _prefill(lm, params, np.array([list(prompt)]))
     allowed_V = np.isin(np.arange(logits_V.size), seen_bytes)
-    choose = functools.partial(_choose, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
+    choose = functools.partial(choose_token, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, token, key):
@@ -75,7 +75,10 @@ def _prefill(lm: Any, params: Any, tokens_BT: np.ndarray) -> tuple[Any, jax.Arra
     return prefill(tokens_BT)
 
 
-def _choose(logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int) -> jax.Array:
+def choose_token(
+    logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int
+) -> jax.Array:
+    """A token [] drawn from logits [V]: one of the `top_k` (0: all) likeliest allowed ones."""
     logits_V = jnp.where(allowed_V, logits_V.astype(jnp.float32), -jnp.inf)
     if top_k:
         logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, logits_V.size))[0][-1], -jnp.inf, logits_V)

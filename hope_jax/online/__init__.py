@@ -1,0 +1,12 @@
+"""Learning after deployment: sessions that read a stream, learn from it, and answer from what they have learned."""
+
+from .gates import Gate as Gate
+from .gates import always as always
+from .gates import budget as budget
+from .gates import ema as ema
+from .gates import never as never
+from .gates import parse_gate as parse_gate
+from .gates import threshold as threshold
+from .report import LevelReport as LevelReport
+from .report import Report as Report
+from .session import Session as Session

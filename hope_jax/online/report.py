@@ -1,0 +1,116 @@
+"""What a session says about what it has read."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from hope_jax.online.stream import ChunkReport
+
+DEAD = 1e-3  # a level whose gradient is below this share of the greatest does not learn (spec 6.8)
+
+
+class LevelReport(NamedTuple):
+    """One level over the chunks of a call."""
+
+    name: str  # "level_0" is the fastest
+    chunk_size: int  # tokens per write
+    updates: int  # how often it was written
+    pending: int  # tokens that wait for its next write
+    step: float  # norm of its last change over the norm of its start weights
+    gradient: float  # norm of the mean gradient of its last write
+    moved: float  # distance from its start weights over their norm
+    dead: bool  # its gradient is nothing beside that of the others
+
+
+class Report(NamedTuple):
+    """What `Session.observe` did."""
+
+    tokens: int  # read by this call
+    held: int  # of the session, not yet a whole chunk; they are read with the next tokens
+    before: float  # nats per token of the chunks, each at the weights that read it; nan without a whole chunk
+    after: float  # the same at the weights that each chunk left behind
+    written: float  # share of the chunks that the gate let through
+    rolled_back: int  # chunks that were undone because something in them was not finite
+    new_contexts: int  # how often a full attention cache was emptied
+    levels: tuple[LevelReport, ...]
+    chunks: ChunkReport  # arrays [chunks, ...], in the order of the stream
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know, one sentence each."""
+        found = []
+        if self.rolled_back:
+            found.append(
+                f"{self.rolled_back} chunks gave numbers that are not finite and were rolled back; "
+                "lower cms_eta or set max_moved"
+            )
+        found += [
+            f"{level.name} (every {level.chunk_size} tokens) hardly learns" for level in self.levels if level.dead
+        ]
+        return found
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.before):
+            return f"{self.tokens} tokens read, {self.held} wait for a whole chunk"
+        levels = ", ".join(f"{level.name} wrote {level.updates}x, moved {level.moved:.3f}" for level in self.levels)
+        learned = (
+            f"{self.before:.3f} -> {self.after:.3f} nats/token" if self.levels else f"{self.before:.3f} nats/token"
+        )
+        return f"{self.tokens} tokens, {learned}" + (f"; {levels}" if levels else "")
+
+
+def summarize(
+    chunks: ChunkReport,
+    *,
+    tokens: int,
+    held: int,
+    read: int,
+    clocks: tuple[int, ...],
+    new_contexts: int,
+) -> Report:
+    """A report of a call.
+
+    Args:
+      chunks: arrays [chunks, ...].
+      tokens: of the call.
+      held: tokens that wait for a whole chunk.
+      read: tokens in whole chunks since the session began.
+      clocks: chunk size of each level.
+      new_contexts: of the call.
+    """
+    ran = ~chunks.rolled_back
+    gradients = [_last(chunks.gradient[:, i], chunks.fired[:, i] & chunks.wrote) for i in range(len(clocks))]
+    levels = tuple(
+        LevelReport(
+            name=f"level_{i}",
+            chunk_size=clock,
+            updates=int(chunks.fired[:, i].sum()),
+            pending=read % clock + held,
+            step=_last(chunks.step[:, i], chunks.fired[:, i]),
+            gradient=gradients[i],
+            moved=float(chunks.moved[-1, i]) if len(chunks.moved) else 0.0,
+            dead=bool(chunks.fired[:, i].any()) and gradients[i] < DEAD * max(gradients),
+        )
+        for i, clock in enumerate(clocks)
+    )
+    return Report(
+        tokens=tokens,
+        held=held,
+        before=_mean(chunks.before[ran]),
+        after=_mean(chunks.after[ran]),
+        written=_mean(chunks.wrote),
+        rolled_back=int(chunks.rolled_back.sum()),
+        new_contexts=new_contexts,
+        levels=levels,
+        chunks=chunks,
+    )
+
+
+def _last(values: np.ndarray, where: np.ndarray) -> float:
+    found = values[where]
+    return float(found[-1]) if found.size else 0.0
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan

@@ -1,0 +1,363 @@
+"""A session: one stream that a model reads and learns from, and answers from."""
+
+import copy
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hope_jax.models import ModelConfig
+from hope_jax.online.fingerprint import fingerprint
+from hope_jax.online.gates import Gate, always
+from hope_jax.online.report import Report, summarize
+from hope_jax.online.stream import ChunkReport, Held, build_stream, cut
+from hope_jax.training.errors import UserError
+from hope_jax.training.generate import choose_token, token_pieces
+from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
+
+ONE = np.ones(1, bool)
+FAST, CONTEXT, ALL = "fast", "context", "all"  # what can be forgotten, beside the names of levels
+
+
+class Session:
+    """A stream of text that a model learns from while it reads.
+
+    Whole chunks of the fastest level are read and written by one compiled program; what is not yet a chunk waits. So
+    the state depends on the stream alone, to the bit, not on how it was cut into calls, saved or forked.
+
+    Args:
+      model: the config of the model. Its fast levels (`cms_chunks`, `mlp_chunks`) learn, by steps of `cms_eta`;
+        without any the session still carries the context, the memories inside the layers.
+      params: its parameters; they are shared and never changed.
+      gate: which chunks are written (`hope_jax.online.gates`).
+      max_moved: how far a level may go from its start weights, in units of their norm; None: anywhere.
+      measure_after: read each written chunk again for the loss after it; a third more work.
+      vocabulary: from text to tokens; None: bytes.
+      seen: tokens that training has seen: no others are generated before they were observed. None: all.
+      run: where the model comes from, for the session's file.
+
+    Example:
+      >>> import jax
+      >>> from hope_jax.models import ModelConfig, build_lm
+      >>> config = ModelConfig(dim=16, layers=1, cms_hidden=(32, 32), cms_chunks=(16, 64))
+      >>> session = Session(config, build_lm(config).init(jax.random.key(0)))
+      >>> report = session.observe("the same words again and again; " * 4)
+      >>> [(level.chunk_size, level.updates) for level in report.levels], report.held
+      ([(16, 7), (64, 1)], 16)
+      >>> fork = session.fork()
+      >>> _ = fork.observe("something else")
+      >>> session.digest() == fork.digest()
+      False
+
+    Reference: paper sections 7 and 8; spec 6.2 to 6.4, 11.1, 11.6.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        *,
+        gate: Gate | None = None,
+        max_moved: float | None = None,
+        measure_after: bool = True,
+        vocabulary: Vocabulary | None = None,
+        seen: Sequence[int] | None = None,
+        run: str = "",
+    ):
+        if max_moved is not None and not max_moved > 0:
+            raise UserError(f"max_moved is a distance in norms of the start weights, above 0, or None; got {max_moved}")
+        self.model, self.params, self.run = model, params, run
+        self.gate = gate or always()
+        self.vocabulary = vocabulary or load_vocabulary(BYTES)
+        self._stream = build_stream(model, self.gate, max_moved, measure_after)
+        self._state = self._stream.init(params, 1)
+        self._held = Held(np.zeros(0, np.int32), np.zeros(0, bool))
+        self._read = 0  # tokens in whole chunks
+        self._context = 0  # of them, those since the context began
+        self._ahead: tuple[Any, jax.Array, int] | None = None  # carry and logits after so many of the held tokens
+        self._seen = np.isin(np.arange(model.vocab_size), seen) if seen is not None else np.ones(model.vocab_size, bool)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the stream so far."""
+        return self._read + len(self._held.tokens)
+
+    def observe(self, text: str | bytes | Sequence[int] | np.ndarray, *, update_allowed: bool = True) -> Report:
+        """Reads what comes next in the stream, and learns from it.
+
+        Args:
+          text: text, bytes or tokens. Bytes that are not UTF-8 are bytes like any other to a byte model.
+          update_allowed: False: no level is taught by these tokens, for text that is not trusted. The context
+            (attention cache, memories inside the layers) reads them all the same; `score` leaves no trace at all.
+
+        Raises:
+          UserError: tokens that the model does not have, or text that its tokenizer cannot read.
+        """
+        tokens = self._encode(text)
+        reports, new_contexts = [], 0
+        for begin in range(0, len(tokens), self._block):
+            block = tokens[begin : begin + self._block]
+            more, restarts = self._extend(block, np.full(len(block), update_allowed))
+            reports, new_contexts = [*reports, *more], new_contexts + restarts
+        return self._report(reports, len(tokens), new_contexts)
+
+    def score(self, text: str | bytes | Sequence[int] | np.ndarray) -> float:
+        """Nats per token of text as what comes next; the session stays as it is, to the bit.
+
+        The first token of a stream has nothing before it and does not count.
+
+        Raises:
+          UserError: as `observe`, and text without a token to predict.
+        """
+        tokens = self._encode(text)
+        fork, first = self.fork(), max(self.tokens, 1)
+        if self.tokens + len(tokens) <= first:
+            raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
+        predicted, losses = fork._read + 1, []  # the place in the stream of the first loss
+        for begin in range(0, len(tokens), self._block):
+            block = tokens[begin : begin + self._block]
+            losses += [one.losses.ravel() for one in fork._extend(block, np.zeros(len(block), bool))[0]]
+        losses.append(fork._held_losses())
+        return float(np.concatenate(losses)[first - predicted :].mean())
+
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """The answer to a prompt; for its options and what it teaches see `answer`."""
+        return "".join(self.answer(prompt, **options))
+
+    def answer(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        seed: int = 0,
+        learn: bool = True,
+        learn_on_generated: bool = False,
+        until: str = "",
+    ) -> Iterator[str]:
+        """Continues the stream with a prompt and what the model says then, in pieces of text as they are made.
+
+        Args:
+          prompt: what comes next in the stream.
+          max_tokens: length of the answer.
+          temperature: 0 takes the likeliest token.
+          top_k: only the k likeliest tokens; 0: all.
+          seed: of the sampling.
+          learn: False: prompt and answer leave no trace in the session.
+          learn_on_generated: the answer teaches the levels too (spec 6.3: by default it is only read).
+          until: the answer ends before this text, for instance a line end.
+
+        Raises:
+          UserError: a value out of range, or as `observe`.
+        """
+        if max_tokens < 1 or temperature < 0 or top_k < 0:
+            raise UserError(
+                f"max_tokens must be at least 1, temperature and top_k at least 0; "
+                f"got {max_tokens}, {temperature}, {top_k}"
+            )
+        session = self if learn else self.fork()
+        tokens = self._encode(prompt)
+        if not len(tokens) and not session.tokens:
+            tokens = self._encode("\n")
+        session._extend(tokens, np.full(len(tokens), learn))
+        values = session._tokens_of_answer(max_tokens, temperature, top_k, seed, learn and learn_on_generated)
+        pieces = token_pieces(values, self.vocabulary)
+        return _until(pieces, until) if until else pieces
+
+    def _tokens_of_answer(
+        self, max_tokens: int, temperature: float, top_k: int, seed: int, teaches: bool
+    ) -> Iterator[int]:
+        choose = _choice(temperature, top_k)
+        root = jax.random.key(seed)
+        for i in range(max_tokens):
+            token = int(choose(self._look(), jax.random.fold_in(root, i), self._seen))
+            if token == self.vocabulary.end:
+                return
+            self._extend(np.array([token], np.int32), np.array([teaches]))
+            yield token
+
+    def fork(self) -> "Session":
+        """A session that goes on from here on its own; nothing is copied until it changes."""
+        return copy.copy(self)  # arrays are replaced, never written into
+
+    def forget(self, level: str | int = FAST) -> None:
+        """Sets a level back to its start weights, its pending errors with it; its clock goes on.
+
+        Args:
+          level: "fast" (the fastest), the name or number of a level, "context" (memories and caches inside the
+            layers) or "all" (levels and context).
+
+        Raises:
+          UserError: there is no such level.
+        """
+        depth = len(self.clocks)
+        names = {f"level_{i}": i for i in range(depth)} | {str(i): i for i in range(depth)}
+        if depth:
+            names[FAST] = 0
+        known = [*dict.fromkeys(names), CONTEXT, ALL]
+        if str(level) not in known:
+            raise UserError(f"nothing called {level!r} to forget; this session has {', '.join(known)}")
+        chosen = range(depth) if level == ALL else () if level == CONTEXT else (names[str(level)],)
+        state = self._state
+        for i in chosen:
+            state = self._stream.forget(self.params, state, ONE, i)
+        if level in (CONTEXT, ALL):
+            state, self._context = self._stream.new_context(self.params, state, ONE), 0
+        self._state, self._ahead = state, None
+
+    def diff(self, other: "Session") -> dict[str, float]:
+        """How far the levels of two sessions of one model are apart, over the norm of their start weights.
+
+        Raises:
+          UserError: the sessions are of different models.
+        """
+        if self.model != other.model or (self.params is not other.params and self.base != other.base):
+            raise UserError("these are sessions of two different models; there is nothing to compare")
+        weights = self._stream.weights
+        start = weights(self._stream.init(self.params, 1).nest.levels)
+        mine, theirs = weights(self._state.nest.levels), weights(other._state.nest.levels)
+        apart = jax.tree.map(jnp.subtract, mine, theirs)
+        return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
+
+    def digest(self) -> str:
+        """Sixty-four hexadecimal digits that are equal where state and held tokens are, to the bit."""
+        total = hashlib.sha256()
+        for leaf in jax.tree.leaves((self._state, self._held, self._read, self._context)):
+            total.update(np.asarray(leaf).tobytes())
+        return total.hexdigest()
+
+    @functools.cached_property
+    def base(self) -> str:
+        """The fingerprint of the parameters that the session started from."""
+        return fingerprint(self.params)
+
+    @property
+    def clocks(self) -> tuple[int, ...]:
+        """Chunk sizes in tokens of the levels that learn, fastest first."""
+        return self.model.fast_chunks if self.model.adapts else ()
+
+    @property
+    def _block(self) -> int:
+        return self._stream.chunks * self._stream.size
+
+    def _encode(self, text: str | bytes | Sequence[int] | np.ndarray) -> np.ndarray:
+        if isinstance(text, bytes):
+            if self.vocabulary.name == BYTES:
+                return np.frombuffer(text, np.uint8)
+            text = text.decode("utf-8", "replace")
+        if isinstance(text, str):
+            return self.vocabulary.encode([text])[0]
+        tokens = np.asarray(text)
+        if not tokens.size:
+            return tokens.astype(np.int32).reshape(-1)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"tokens are a sequence of integers; got {tokens.dtype} of shape {list(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= self.model.vocab_size:
+            raise UserError(f"tokens are 0 to {self.model.vocab_size - 1}; got {tokens.min()} to {tokens.max()}")
+        return tokens
+
+    def _extend(self, tokens: np.ndarray, teaches: np.ndarray) -> tuple[list[ChunkReport], int]:
+        """Appends to the stream; chunks that are complete are read and written."""
+        if len(tokens):
+            self._seen = self._seen | np.isin(np.arange(self.model.vocab_size), tokens)
+        held = Held(
+            np.concatenate([self._held.tokens, tokens.astype(np.int32)]),
+            np.concatenate([self._held.teaches, teaches]),
+        )
+        size, reports, new_contexts = self._stream.size, [], 0
+        while len(held.tokens) > size:
+            count = min((len(held.tokens) - 1) // size, self._stream.chunks, self._room() // size)
+            pieces = cut(held, count, size, self._stream.chunks)
+            state, report = self._stream.advance(self.params, self._state, pieces)
+            reports.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[0, :count], report))
+            done, held = count * size, Held(*(leaf[count * size :] for leaf in held))
+            context = self._context + done
+            if self._room() < done + size:
+                state, context, new_contexts = self._stream.new_context(self.params, state, ONE), 0, new_contexts + 1
+            # Together: an interrupt between two calls leaves a session that goes on.
+            self._state, self._held, self._read, self._context = state, held, self._read + done, context
+            self._ahead = None
+        self._held = held
+        return reports, new_contexts
+
+    def _room(self) -> int:
+        """Tokens that the context still holds."""
+        if not self.model.architecture.cache:
+            return 2 * self._block
+        return self.model.max_length - self._context
+
+    def _look(self) -> jax.Array:
+        """Logits [V] of what comes next."""
+        carry, logits_V, count = self._ahead or (self._state.nest.carry, jnp.zeros(self.model.vocab_size), 0)
+        for token in self._held.tokens[count:]:
+            carry, logits_V = self._step(carry, token)
+        self._ahead = carry, logits_V, len(self._held.tokens)
+        return logits_V
+
+    def _step(self, carry: Any, token: int) -> tuple[Any, jax.Array]:
+        """Context and logits [V] after one more token."""
+        token_B = np.array([token], np.int32)
+        carry, logits_BV = self._stream.step(self.params, self._state.nest.levels, carry, token_B)
+        return carry, logits_BV[0]
+
+    def _held_losses(self) -> np.ndarray:
+        """Nats of each held token but the first."""
+        carry, losses = self._state.nest.carry, []
+        for token, target in itertools.pairwise(self._held.tokens):
+            carry, logits_V = self._step(carry, token)
+            losses.append(-jax.nn.log_softmax(logits_V)[target])
+        return np.asarray(losses, np.float32)
+
+    def _report(self, reports: list[ChunkReport], tokens: int, new_contexts: int) -> Report:
+        if reports:
+            chunks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *reports)
+        else:
+            shapes = jax.eval_shape(
+                self._stream.advance,
+                self.params,
+                self._state,
+                cut(self._held, 0, self._stream.size, self._stream.chunks),
+            )[1]
+            chunks = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[2:]), leaf.dtype), shapes)
+        return summarize(
+            chunks,
+            tokens=tokens,
+            held=len(self._held.tokens),
+            read=self._read,
+            clocks=self.clocks,
+            new_contexts=new_contexts,
+        )
+
+
+@functools.cache
+def _choice(temperature: float, top_k: int) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """(logits [V], key, allowed [V]) -> a token."""
+
+    def choose(logits_V, key, allowed_V):
+        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
+
+    return jax.jit(choose)
+
+
+def _until(pieces: Iterable[str], end: str) -> Iterator[str]:
+    """The pieces before a text; what may be its beginning waits until it is not."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if end in held:
+            yield held[: held.index(end)]
+            return
+        sure = max(0, len(held) - len(end) + 1)
+        yield held[:sure]
+        held = held[sure:]
+    yield held
+
+
+def _norm(tree: Any) -> float:
+    return float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
