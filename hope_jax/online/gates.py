@@ -15,7 +15,7 @@ import jax.numpy as jnp
 class Gate(NamedTuple):
     """A strategy, in pure functions of one stream."""
 
-    name: str
+    name: str  # what `parse_gate` takes
     init: Callable[[], Any]  # -> state, a pytree of arrays
     update: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # (state, nats per token []) -> (state, write bool[])
 
@@ -45,7 +45,7 @@ def threshold(nats: float) -> Gate:
       >>> bool(gate.update(gate.init(), jnp.float32(2.5))[1])
       True
     """
-    return _stateless(f"threshold({nats:g})", lambda surprise: surprise > nats)
+    return _stateless(f"threshold:{nats!r}", lambda surprise: surprise > nats)
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def ema(ratio: float = 1.0, decay: float = 0.95) -> Gate:
         write = surprise * weight > ratio * total
         return (decay * total + (1 - decay) * surprise, decay * weight + (1 - decay)), write | (weight == 0)
 
-    return Gate(f"ema({ratio:g})", lambda: (jnp.zeros(()), jnp.zeros(())), update)
+    return Gate(f"ema:{ratio!r}:{decay!r}", lambda: (jnp.zeros(()), jnp.zeros(())), update)
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def budget(share: float, rate: float = 0.1) -> Gate:
         write = above & (written < jnp.ceil(share * (read + 1)))
         return (read + 1, written + write, bar + rate * (above - share)), write
 
-    return Gate(f"budget({share:g})", lambda: (jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), update)
+    return Gate(f"budget:{share!r}:{rate!r}", lambda: (jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), update)
 
 
 GATES: dict[str, Callable[..., Gate]] = {
@@ -118,7 +118,7 @@ def parse_gate(text: str) -> Gate:
 
     Example:
       >>> parse_gate("budget:0.25").name
-      'budget(0.25)'
+      'budget:0.25:0.1'
     """
     name, *numbers = text.split(":")
     if name not in GATES:

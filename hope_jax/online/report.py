@@ -65,7 +65,7 @@ def summarize(
     *,
     tokens: int,
     held: int,
-    read: int,
+    written: int,
     clocks: tuple[int, ...],
     new_contexts: int,
 ) -> Report:
@@ -75,7 +75,7 @@ def summarize(
       chunks: arrays [chunks, ...].
       tokens: of the call.
       held: tokens that wait for a whole chunk.
-      read: tokens in whole chunks since the session began.
+      written: tokens since the slowest level's last write that are in whole chunks.
       clocks: chunk size of each level.
       new_contexts: of the call.
     """
@@ -86,7 +86,7 @@ def summarize(
             name=f"level_{i}",
             chunk_size=clock,
             updates=int(chunks.fired[:, i].sum()),
-            pending=read % clock + held,
+            pending=written % clock + held,
             step=_last(chunks.step[:, i], chunks.fired[:, i]),
             gradient=gradients[i],
             moved=float(chunks.moved[-1, i]) if len(chunks.moved) else 0.0,

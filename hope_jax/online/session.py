@@ -5,7 +5,8 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,23 @@ from hope_jax.models import ModelConfig
 from hope_jax.online.fingerprint import fingerprint
 from hope_jax.online.gates import Gate, always
 from hope_jax.online.report import Report, summarize
-from hope_jax.online.stream import ChunkReport, Held, build_stream, cut
+from hope_jax.online.stream import ChunkReport, Held, StreamState, build_stream, cut
 from hope_jax.training.errors import UserError
 from hope_jax.training.generate import choose_token, token_pieces
 from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
 
 ONE = np.ones(1, bool)
 FAST, CONTEXT, ALL = "fast", "context", "all"  # what can be forgotten, beside the names of levels
+
+
+class Snapshot(NamedTuple):
+    """Where a session stands."""
+
+    state: StreamState  # after whole chunks
+    held: Held
+    seen: np.ndarray  # [V] bool, tokens that may be generated
+    read: int  # tokens in whole chunks
+    context: int  # of them, those since the context began
 
 
 class Session:
@@ -44,7 +55,8 @@ class Session:
     Example:
       >>> import jax
       >>> from hope_jax.models import ModelConfig, build_lm
-      >>> config = ModelConfig(dim=16, layers=1, cms_hidden=(32, 32), cms_chunks=(16, 64))
+      >>> levels = {"cms_hidden": (32, 32), "cms_chunks": (16, 64)}
+      >>> config = ModelConfig(name="hope_attention", dim=16, layers=1, **levels)
       >>> session = Session(config, build_lm(config).init(jax.random.key(0)))
       >>> report = session.observe("the same words again and again; " * 4)
       >>> [(level.chunk_size, level.updates) for level in report.levels], report.held
@@ -72,10 +84,11 @@ class Session:
         if max_moved is not None and not max_moved > 0:
             raise UserError(f"max_moved is a distance in norms of the start weights, above 0, or None; got {max_moved}")
         self.model, self.params, self.run = model, params, run
-        self.gate = gate or always()
+        self.gate, self.max_moved = gate or always(), max_moved
+        self.file: tuple[Path, str] | None = None  # where it was read from or last saved to, and that file's digest
         self.vocabulary = vocabulary or load_vocabulary(BYTES)
         self._stream = build_stream(model, self.gate, max_moved, measure_after)
-        self._state = self._stream.init(params, 1)
+        self._state = self.fresh_state()
         self._held = Held(np.zeros(0, np.int32), np.zeros(0, bool))
         self._read = 0  # tokens in whole chunks
         self._context = 0  # of them, those since the context began
@@ -211,6 +224,47 @@ class Session:
             state, self._context = self._stream.new_context(self.params, state, ONE), 0
         self._state, self._ahead = state, None
 
+    def snapshot(self) -> Snapshot:
+        """Where the session stands; nothing is copied, and nothing of it ever changes."""
+        return Snapshot(self._state, self._held, self._seen, self._read, self._context)
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Goes on from where a session of the same model and options stood.
+
+        Raises:
+          ValueError: its parts contradict each other.
+        """
+        held = snapshot.held
+        if held.tokens.shape != held.teaches.shape or len(held.tokens) > self.chunk_size:
+            raise ValueError(f"{len(held.tokens)} tokens are held, with {len(held.teaches)} flags")
+        if ((held.tokens < 0) | (held.tokens >= self.model.vocab_size)).any():
+            raise ValueError(f"held tokens are not all in 0 to {self.model.vocab_size - 1}")
+        counts = snapshot.read, snapshot.context
+        if snapshot.context > snapshot.read or any(count % self.chunk_size for count in counts):
+            raise ValueError(f"{counts[0]} tokens read, {counts[1]} in the context, in chunks of {self.chunk_size}")
+        if self._room(snapshot.context) < self.chunk_size:
+            raise ValueError(f"a context of {snapshot.context} tokens leaves no room in {self.model.max_length}")
+        self._state, self._held, self._seen, self._read, self._context = snapshot
+        self._ahead = None
+
+    def fresh_state(self) -> StreamState:
+        """The state of a stream that has read nothing."""
+        return self._stream.init(self.params, 1)
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> None:
+        """Writes the session to one file, from which `hope_jax.online.open` goes on to the bit.
+
+        Raises:
+          UserError: another session is in the file and `overwrite` is False, or it cannot be written; what was
+            there before is untouched.
+        """
+        from hope_jax.online.keeping import content_of
+        from hope_jax.online.session_file import write_session
+
+        path = Path(path).resolve()
+        known = self.file[1] if self.file and self.file[0] == path else None
+        self.file = path, write_session(path, content_of(self), known=known, overwrite=overwrite)
+
     def diff(self, other: "Session") -> dict[str, float]:
         """How far the levels of two sessions of one model are apart, over the norm of their start weights.
 
@@ -220,7 +274,7 @@ class Session:
         if self.model != other.model or (self.params is not other.params and self.base != other.base):
             raise UserError("these are sessions of two different models; there is nothing to compare")
         weights = self._stream.weights
-        start = weights(self._stream.init(self.params, 1).nest.levels)
+        start = weights(self.fresh_state().nest.levels)
         mine, theirs = weights(self._state.nest.levels), weights(other._state.nest.levels)
         apart = jax.tree.map(jnp.subtract, mine, theirs)
         return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
@@ -236,6 +290,11 @@ class Session:
     def base(self) -> str:
         """The fingerprint of the parameters that the session started from."""
         return fingerprint(self.params)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that are read together: those of the fastest level's chunk."""
+        return self._stream.size
 
     @property
     def clocks(self) -> tuple[int, ...]:
@@ -270,15 +329,16 @@ class Session:
             np.concatenate([self._held.tokens, tokens.astype(np.int32)]),
             np.concatenate([self._held.teaches, teaches]),
         )
-        size, reports, new_contexts = self._stream.size, [], 0
+        size, reports, new_contexts = self.chunk_size, [], 0
         while len(held.tokens) > size:
-            count = min((len(held.tokens) - 1) // size, self._stream.chunks, self._room() // size)
+            fitting = self._room(self._context) // size
+            count = min((len(held.tokens) - 1) // size, self._stream.chunks, fitting)
             pieces = cut(held, count, size, self._stream.chunks)
             state, report = self._stream.advance(self.params, self._state, pieces)
             reports.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[0, :count], report))
             done, held = count * size, Held(*(leaf[count * size :] for leaf in held))
             context = self._context + done
-            if self._room() < done + size:
+            if self._room(context) < size:
                 state, context, new_contexts = self._stream.new_context(self.params, state, ONE), 0, new_contexts + 1
             # Together: an interrupt between two calls leaves a session that goes on.
             self._state, self._held, self._read, self._context = state, held, self._read + done, context
@@ -286,11 +346,9 @@ class Session:
         self._held = held
         return reports, new_contexts
 
-    def _room(self) -> int:
-        """Tokens that the context still holds."""
-        if not self.model.architecture.cache:
-            return 2 * self._block
-        return self.model.max_length - self._context
+    def _room(self, context: int) -> int:
+        """Tokens for which a context of this length still has room."""
+        return self.model.max_length - context if self.model.architecture.cache else self._block
 
     def _look(self) -> jax.Array:
         """Logits [V] of what comes next."""
@@ -329,7 +387,7 @@ class Session:
             chunks,
             tokens=tokens,
             held=len(self._held.tokens),
-            read=self._read,
+            written=int(self._state.nest.phase[0]) * self._stream.size,
             clocks=self.clocks,
             new_contexts=new_contexts,
         )
