@@ -148,8 +148,10 @@ class Users:
 
     async def run[T](self, work: Callable[[], T]) -> T:
         """Work in a thread. A request that is cancelled waits for its end: no session is left halfway."""
+        done = asyncio.get_running_loop().run_in_executor(self._threads, work)
         with anyio.CancelScope(shield=True):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            await asyncio.wait([done])
+        return done.result()
 
     async def save(self, name: str, user: _User) -> None:
         """Writes the file of a session, if it is not up to date; the caller has the use of it."""
@@ -216,10 +218,8 @@ class Users:
         except UserError as error:
             raise Refused(409, str(error).replace(str(path), "the file")) from error
         if (session.gate, session.max_moved) != (base.gate, base.max_moved):
-            raise Refused(
-                409,
-                f"the file's session learns by {session.gate.name}, max_moved={session.max_moved}; start the service with those",
-            )
+            learns = f"the gate {session.gate.name} and max_moved={session.max_moved}"
+            raise Refused(409, f"the file's session learns with {learns}, those of this service do not; begin another")
         return session
 
     async def make_room(self) -> None:
