@@ -5,6 +5,7 @@ is not written is read all the same: the context goes on, the clocks of the leve
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,23 +21,36 @@ class Gate(NamedTuple):
     update: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # (state, nats per token []) -> (state, write bool[])
 
 
+def _one_of_each[**P](make: Callable[P, Gate]) -> Callable[P, Gate]:
+    """Equal gates are one object, so that programs that use them are compiled once."""
+    signature, cached = inspect.signature(make), functools.cache(make)
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Gate:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return cached(*map(float, bound.args))  # type: ignore[call-arg]
+
+    return made
+
+
 def _stateless(name: str, write: Callable[[jax.Array], jax.Array]) -> Gate:
     return Gate(name, lambda: (), lambda state, surprise: (state, write(surprise)))
 
 
-@functools.cache  # equal gates are one object, so that programs that use them are compiled once
+@_one_of_each
 def always() -> Gate:
     """Every chunk: the upper bound of what a gate can learn, at full cost."""
     return _stateless("always", lambda surprise: jnp.ones_like(surprise, bool))
 
 
-@functools.cache
+@_one_of_each
 def never() -> Gate:
     """No chunk: the lower bound, a frozen model that still carries its context."""
     return _stateless("never", lambda surprise: jnp.zeros_like(surprise, bool))
 
 
-@functools.cache
+@_one_of_each
 def threshold(nats: float) -> Gate:
     """Chunks whose mean loss is above `nats` per token.
 
@@ -48,7 +62,7 @@ def threshold(nats: float) -> Gate:
     return _stateless(f"threshold:{nats!r}", lambda surprise: surprise > nats)
 
 
-@functools.cache
+@_one_of_each
 def ema(ratio: float = 1.0, decay: float = 0.95) -> Gate:
     """Chunks more surprising than `ratio` times the moving average of those before; the first is written.
 
@@ -70,7 +84,7 @@ def ema(ratio: float = 1.0, decay: float = 0.95) -> Gate:
     return Gate(f"ema:{ratio!r}:{decay!r}", lambda: (jnp.zeros(()), jnp.zeros(())), update)
 
 
-@functools.cache
+@_one_of_each
 def budget(share: float, rate: float = 0.1) -> Gate:
     """The most surprising chunks, and never more than `share` of those read so far, rounded up.
 

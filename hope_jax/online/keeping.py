@@ -94,6 +94,8 @@ def open(
         session = _with_levels(base, chosen, made, path)
     _check_model(path, metadata, session)
     content = read_session(path, _expected(session))
+    if content.metadata != metadata:
+        raise UserError(f"{path} was saved by another process while it was opened; open it again")
     try:
         session.resume(_snapshot(session, content.tensors, counts))
     except (KeyError, ValueError) as error:

@@ -21,6 +21,8 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.generate import choose_token, token_pieces
 from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
 
+type Text = str | bytes | Sequence[int] | np.ndarray  # text, bytes or tokens
+
 ONE = np.ones(1, bool)
 FAST, CONTEXT, ALL = "fast", "context", "all"  # what can be forgotten, beside the names of levels
 
@@ -47,7 +49,8 @@ class Session:
       params: its parameters; they are shared and never changed.
       gate: which chunks are written (`hope_jax.online.gates`).
       max_moved: how far a level may go from its start weights, in units of their norm; None: anywhere.
-      measure_after: read each written chunk again for the loss after it; a third more work.
+      measure_after: read each written chunk again for the loss after it; a third more work. It also finds steps after
+        which the loss is not finite while they can still be undone.
       vocabulary: from text to tokens; None: bytes.
       seen: tokens that training has seen: no others are generated before they were observed. None: all.
       run: where the model comes from, for the session's file.
@@ -100,7 +103,7 @@ class Session:
         """Length of the stream so far."""
         return self._read + len(self._held.tokens)
 
-    def observe(self, text: str | bytes | Sequence[int] | np.ndarray, *, update_allowed: bool = True) -> Report:
+    def observe(self, text: Text, *, update_allowed: bool = True) -> Report:
         """Reads what comes next in the stream, and learns from it.
 
         Args:
@@ -119,7 +122,7 @@ class Session:
             reports, new_contexts = [*reports, *more], new_contexts + restarts
         return self._report(reports, len(tokens), new_contexts)
 
-    def score(self, text: str | bytes | Sequence[int] | np.ndarray) -> float:
+    def score(self, text: Text) -> float:
         """Nats per token of text as what comes next; the session stays as it is, to the bit.
 
         The first token of a stream has nothing before it and does not count.
@@ -305,7 +308,7 @@ class Session:
     def _block(self) -> int:
         return self._stream.chunks * self._stream.size
 
-    def _encode(self, text: str | bytes | Sequence[int] | np.ndarray) -> np.ndarray:
+    def _encode(self, text: Text) -> np.ndarray:
         if isinstance(text, bytes):
             if self.vocabulary.name == BYTES:
                 return np.frombuffer(text, np.uint8)

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -81,11 +81,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
       UserError: there is no such file, or it is not a session.
     """
-    return _header(path)[0]
+    with _opened(path) as file:
+        return _header(path, file)[0]
 
 
 def read_session(path: Path, expected: Mapping[str, Expected]) -> SessionFile:
-    """The content of a file, all of it checked.
+    """The content of a file, all of it checked; "digest" is among its metadata.
 
     Args:
       path: of the file.
@@ -96,18 +97,21 @@ def read_session(path: Path, expected: Mapping[str, Expected]) -> SessionFile:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    metadata, entries, size = _header(path)
-    most = MOST_HEADER + sum(_most_bytes(one) for one in expected.values())
-    if size > most:
-        raise _refused(path, f"it has {size:,} bytes, a session of this model has at most {most:,}")
-    for name, entry in entries.items():
-        if problem := _mismatch(name, entry, expected):
-            raise _refused(path, problem)
+    with _opened(path) as file:  # one file, whatever takes its name meanwhile
+        metadata, entries, size = _header(path, file)
+        most = MOST_HEADER + sum(_most_bytes(one) for one in expected.values())
+        if size > most:
+            raise _refused(path, f"it has {size:,} bytes, a session of this model has at most {most:,}")
+        for name, entry in entries.items():
+            if problem := _mismatch(name, entry, expected):
+                raise _refused(path, problem)
+        file.seek(0)
+        data = file.read(size)
     try:
-        tensors = load(path.read_bytes())
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load(data)
+    except (SafetensorError, ValueError) as error:
         raise _refused(path, f"it cannot be read ({error})") from error
-    content = SessionFile({key: value for key, value in metadata.items() if key != "digest"}, tensors)
+    content = SessionFile(metadata, tensors)
     if digest_of(content) != metadata.get("digest"):
         raise _refused(path, "other bytes are in it than were written; it is damaged")
     for name, tensor in tensors.items():
@@ -117,8 +121,9 @@ def read_session(path: Path, expected: Mapping[str, Expected]) -> SessionFile:
 
 
 def digest_of(content: SessionFile) -> str:
-    """sha256 over metadata and tensors."""
-    total = hashlib.sha256(json.dumps(content.metadata, sort_keys=True).encode())
+    """sha256 over metadata, itself aside, and tensors."""
+    metadata = {name: text for name, text in content.metadata.items() if name != "digest"}
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(content.tensors):
         tensor = np.ascontiguousarray(content.tensors[name])
         total.update(f"{name} {tensor.dtype.name} {tensor.shape} ".encode())
@@ -126,25 +131,29 @@ def digest_of(content: SessionFile) -> str:
     return total.hexdigest()
 
 
-def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Metadata, entries of the tensors, and size of a file."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MOST_HEADER, size - 8):
-                raise _refused(path, "it is not a safetensors file, or it was cut off")
-            text = file.read(length)
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"no such session: {path}") from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"no such session: {path}") from error
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Metadata, entries of the tensors, and size of a file."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MOST_HEADER, size - 8):
+        raise _refused(path, "it is not a safetensors file, or it was cut off")
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__")
         sound = all(isinstance(value, str) for value in metadata.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        metadata, sound = {}, False
+        metadata, sound, header = {}, False, {}
     if not sound or metadata.get("format") != FORMAT:
         raise _refused(path, f"it does not say that it is a {FORMAT!r}")
     return metadata, header, size

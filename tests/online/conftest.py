@@ -1,0 +1,25 @@
+"""One small model that learns, for all tests of sessions; its programs are compiled once per process."""
+
+import jax
+import numpy as np
+import pytest
+
+from hope_jax.models import ModelConfig, build_lm
+
+SMALL = {"dim": 16, "layers": 1, "heads": 2, "cms_hidden": (32, 32), "cms_chunks": (8, 32)}
+
+
+@pytest.fixture(scope="session")
+def config():
+    return ModelConfig(name="hope_attention", max_length=96, cms_eta=0.5, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    return build_lm(config).init(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def text():
+    """430 tokens: 53 chunks of 8 and 6 more."""
+    return np.random.default_rng(0).integers(0, 256, 430).astype(np.uint8).tobytes()
