@@ -141,7 +141,11 @@ class Users:
                 if load and user.session is None:
                     user.session = await self._load(name, user, create)
                 self._users.move_to_end(name)
-                yield Held(self, name, user)
+                try:
+                    yield Held(self, name, user)
+                finally:
+                    if not user.changed and not self.path(name).exists():
+                        user.session = None  # it did not begin
         finally:
             user.line -= 1
             self._drop_if_gone(name, user)
@@ -203,7 +207,6 @@ class Users:
         await self.make_room()
         if path.exists():
             return await self.run(lambda: self.open(path))
-        user.changed = True
         return self.base.fork()
 
     def open(self, path: Path) -> Session:
