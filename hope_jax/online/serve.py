@@ -103,6 +103,8 @@ def serve(
     for name, value, least in (("port", port, 0), ("max-sessions", max_sessions, 1), ("max-bytes", max_bytes, 1)):
         if value < least:
             raise UserError(f"--{name} {value} must be at least {least}")
+    if port > 65535:
+        raise UserError(f"--port {port} must be at most 65535; 0 takes a free one")
     if token is not None and not (token and token.isascii() and token.isprintable()):
         raise UserError("the token must be one or more printable ASCII characters; give another with --token")
     directory = directory or run_dir / "sessions"
@@ -136,7 +138,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
 
 

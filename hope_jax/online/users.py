@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 
 from hope_jax.online.keeping import open as open_session
 from hope_jax.online.session import Session
@@ -155,6 +156,7 @@ class Users:
         done = asyncio.get_running_loop().run_in_executor(self._threads, work)
         with anyio.CancelScope(shield=True):
             await asyncio.wait([done])
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return done.result()
 
     async def save(self, name: str, user: _User) -> None:

@@ -252,7 +252,7 @@ def test_download_and_upload(client, user, config, params, tmp_path):
     assert digest(client, f"{user}_2") == digest(client, user)
 
 
-@pytest.mark.parametrize(("other", "message"), [("params", "other parameters"), ("gate", "budget(0.5)")])
+@pytest.mark.parametrize(("other", "message"), [("params", "other parameters"), ("gate", "budget:0.5")])
 def test_a_session_of_another_model_is_refused(client, user, config, params, tmp_path, other, message):
     if other == "params":
         stranger = online.Session(config, build_lm(config).init(jax.random.key(1)))
@@ -340,7 +340,7 @@ def test_a_command_line_that_cannot_be(capsys, monkeypatch):
         port = str(taken.getsockname()[1])
         for words, message in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
-            (["--port", "70000"], "choose another --port"),
+            (["--port", "70000"], "--port 70000 must be at most 65535"),
             (["--max-sessions", "0"], "--max-sessions 0 must be at least 1"),
             (["--token", ""], "the token must be"),
         ):
