@@ -8,6 +8,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+UNREAD = {"Connection": "close"}  # the rest of the body is not read
+
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """The form of every error."""
@@ -60,12 +62,12 @@ class Guard:
         limit = self.limit(scope["method"], scope["path"])
         if scope["path"] not in self.open_paths and not self._authorized(headers.get(b"authorization", b"")):
             message = "missing or wrong token; send the header 'Authorization: Bearer TOKEN' with the service's token"
-            response = error_response(401, message, {"WWW-Authenticate": "Bearer"})
+            response = error_response(401, message, {"WWW-Authenticate": "Bearer", **UNREAD})
             await response(scope, receive, send)
             return
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            await error_response(413, too_large(int(declared), limit))(scope, receive, send)
+            await error_response(413, too_large(int(declared), limit), UNREAD)(scope, receive, send)
             return
         size = 0
 
@@ -74,7 +76,7 @@ class Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > limit:
-                raise HTTPException(413, too_large(size, limit))
+                raise HTTPException(413, too_large(size, limit), UNREAD)
             return message
 
         await self.app(scope, limited, send)

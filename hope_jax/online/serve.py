@@ -109,8 +109,8 @@ def serve(
         raise UserError("the token must be one or more printable ASCII characters; give another with --token")
     directory = directory or run_dir / "sessions"
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    base = from_run(run_dir, tuple(overrides))
     with _listen(host, port) as listener, _alone(directory):
-        base = from_run(run_dir, tuple(overrides))
         with console.status("compiling ..."):
             _compile(base)
         token = token or secrets.token_urlsafe(24)
@@ -229,7 +229,9 @@ def build_app(
         autosave = asyncio.create_task(_autosave(users))
         yield
         autosave.cancel()
-        said(f"saved {await users.close()} changed sessions in {directory}")
+        saved, failed = await users.close()
+        for line in (f"saved {saved} changed sessions in {directory}", *failed):
+            said(line)
 
     app = FastAPI(title="hope_jax", lifespan=lifespan, openapi_url=None)
     app.state.users, app.state.meters = users, meters
@@ -252,7 +254,7 @@ def build_app(
 async def _autosave(users: Users) -> None:
     while True:
         await asyncio.sleep(AUTOSAVE)
-        with contextlib.suppress(OSError, UserError):  # a full disk: the next time, or at the end, where it is said
+        with contextlib.suppress(Refused):  # it is in the log; again the next time
             await users.save_idle()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ from hope_jax.online.keeping import open as open_session
 from hope_jax.online.session import Session
 from hope_jax.training.errors import UserError
 
+LOG = logging.getLogger("uvicorn.error")  # the service's
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 WAITING = 8  # requests of one user, the one that is served among them
 PATIENCE = 60.0  # seconds for a place in memory
@@ -160,10 +162,18 @@ class Users:
         return done.result()
 
     async def save(self, name: str, user: _User) -> None:
-        """Writes the file of a session, if it is not up to date; the caller has the use of it."""
+        """Writes the file of a session, if it is not up to date; the caller has the use of it.
+
+        Raises:
+          Refused: 503, it cannot be written; the session stays in memory.
+        """
         session, path = user.session, self.path(name)
         if session is not None and (user.changed or not path.exists()):
-            await self.run(lambda: session.save(path, overwrite=True))
+            try:
+                await self.run(lambda: session.save(path, overwrite=True))
+            except UserError as error:
+                LOG.error(error)
+                raise Refused(503, "a session cannot be saved; the service's log says why, try again later") from error
             user.changed = False
 
     async def save_idle(self) -> int:
@@ -177,15 +187,19 @@ class Users:
                     count += 1
         return count
 
-    async def close(self) -> int:
-        """Takes no more requests, waits for the threads and saves what changed; returns how many sessions."""
+    async def close(self) -> tuple[int, list[str]]:
+        """Takes no more requests, waits for the threads and saves what changed; how many sessions, and what failed."""
         self.closing = True
-        changed = [(name, user) for name, user in self._users.items() if user.changed]
         await asyncio.to_thread(self._threads.shutdown)
-        for name, user in changed:
-            assert user.session is not None
-            await asyncio.to_thread(user.session.save, self.path(name), overwrite=True)
-        return len(changed)
+        saved, failed = 0, []
+        for name, user in self._users.items():
+            if user.session is not None and user.changed:
+                try:
+                    await asyncio.to_thread(user.session.save, self.path(name), overwrite=True)
+                    saved += 1
+                except UserError as error:
+                    failed.append(str(error))
+        return saved, failed
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:

@@ -1,17 +1,14 @@
 """The service: one session per user, whatever clients do to it."""
 
 import asyncio
-import contextlib
 import json
 import re
 import socket
 import sys
-import threading
 
 import httpx2
 import jax
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from hope_jax import online
@@ -20,9 +17,8 @@ from hope_jax.models import build_lm
 from hope_jax.online import users as users_module
 from hope_jax.online.serve import build_app
 from hope_jax.online.users import Refused, Users
+from tests.online.serving import AUTHORIZED, TOKEN, running
 
-TOKEN = "a secret"
-AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 STREAM = {"Accept": "text/event-stream"}
 LIMIT = 5000  # bytes of a text
 TEXT = "The password of the archive is swordfish.\n" * 8
@@ -174,6 +170,7 @@ def test_a_body_that_is_declared_too_large_is_not_read(client, app):
         scope = {"type": "http", "method": "POST", "path": "/v1/sessions/nobody/observe", "query_string": b""}
         scope["headers"] = [(b"content-length", str(length).encode()), *headers]
         client.portal.call(app, scope, receive, send)
+        assert (b"connection", b"close") in sent[0]["headers"]
         return sent[0]["status"]
 
     authorization = (b"authorization", AUTHORIZED["Authorization"].encode())
@@ -328,16 +325,32 @@ def test_no_place_in_memory(base, tmp_path, monkeypatch):
             assert refused.value.status == 503
         async with users.hold("ben", create=True) as held:
             await held.run(lambda: held.session.observe("x"))
-        assert await users.close() == users.in_memory == 1
+        assert await users.close() == (users.in_memory, []) == (1, [])
         with pytest.raises(Refused, match="stopping"):
             await users.hold("ben").__aenter__()
 
     asyncio.run(go())
 
 
-def test_a_command_line_that_cannot_be(capsys, monkeypatch):
+def test_a_session_that_cannot_be_saved_stays_in_memory(base, tmp_path):
+    """A disk that is full, or a directory that is gone: nothing is dropped, and it is saved when that is over."""
+    directory, away = tmp_path / "sessions", tmp_path / "away"
+    with TestClient(build_app(base, directory, token=TOKEN, max_sessions=1), headers=AUTHORIZED) as client:
+        client.post("/v1/sessions/ann/observe", content=TEXT)
+        before = digest(client, "ann")
+        directory.rename(away)
+        answer = client.post("/v1/sessions/ben/observe", content="x")
+        assert answer.status_code == 503 and "cannot be saved" in answer.json()["error"]
+        assert digest(client, "ann") == before
+        away.rename(directory)
+        assert client.post("/v1/sessions/ben/observe", content="x").status_code == 200
+        assert digest(client, "ann") == before
+
+
+def test_a_command_line_that_cannot_be(base, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
+        monkeypatch.setattr("hope_jax.online.serve.from_run", lambda run, overrides: base)
         for words, message in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
             (["--port", "70000"], "--port 70000 must be at most 65535"),
@@ -349,20 +362,6 @@ def test_a_command_line_that_cannot_be(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "hope_jax.online.serve", None)
     assert main(["serve", "/nowhere/run"]) == 2
     assert "pip install 'hope-jax[serve]'" in capsys.readouterr().err
-
-
-@contextlib.contextmanager
-def running(app):
-    """A real server on a free port; its address."""
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.mark.slow
