@@ -1,5 +1,7 @@
 """Learning after deployment: sessions that read a stream, learn from it, and answer from what they have learned."""
 
+from .consolidate import Consolidated as Consolidated
+from .consolidate import consolidate as consolidate
 from .gates import Gate as Gate
 from .gates import always as always
 from .gates import budget as budget

@@ -114,7 +114,7 @@ class Session:
         Raises:
           UserError: tokens that the model does not have, or text that its tokenizer cannot read.
         """
-        tokens = self._encode(text)
+        tokens = self.encode(text)
         reports, new_contexts = [], 0
         for begin in range(0, len(tokens), self._block):
             block = tokens[begin : begin + self._block]
@@ -130,7 +130,7 @@ class Session:
         Raises:
           UserError: as `observe`, and text without a token to predict.
         """
-        tokens = self._encode(text)
+        tokens = self.encode(text)
         fork, first = self.fork(), max(self.tokens, 1)
         if self.tokens + len(tokens) <= first:
             raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
@@ -178,9 +178,9 @@ class Session:
                 f"got {max_tokens}, {temperature}, {top_k}"
             )
         session = self if learn else self.fork()
-        tokens = self._encode(prompt)
+        tokens = self.encode(prompt)
         if not len(tokens) and not session.tokens:
-            tokens = self._encode("\n")
+            tokens = self.encode("\n")
         session._extend(tokens, np.full(len(tokens), learn))
         values = session._tokens_of_answer(max_tokens, temperature, top_k, seed, learn and learn_on_generated)
         pieces = token_pieces(values, self.vocabulary)
@@ -212,14 +212,10 @@ class Session:
         Raises:
           UserError: there is no such level.
         """
-        depth = len(self.clocks)
-        names = {f"level_{i}": i for i in range(depth)} | {str(i): i for i in range(depth)}
-        if depth:
-            names[FAST] = 0
-        known = [*dict.fromkeys(names), CONTEXT, ALL]
-        if str(level) not in known:
-            raise UserError(f"nothing called {level!r} to forget; this session has {', '.join(known)}")
-        chosen = range(depth) if level == ALL else () if level == CONTEXT else (names[str(level)],)
+        if level in (CONTEXT, ALL):
+            chosen = range(len(self.clocks)) if level == ALL else ()
+        else:
+            chosen = (self.level_index(level),)
         state = self._state
         for i in chosen:
             state = self._stream.forget(self.params, state, ONE, i)
@@ -268,6 +264,33 @@ class Session:
         known = self.file[1] if self.file and self.file[0] == path else None
         self.file = path, write_session(path, content_of(self), known=known, overwrite=overwrite)
 
+    def level_index(self, level: str | int) -> int:
+        """The number of a level that is called "fast", "level_0" or 0.
+
+        Raises:
+          UserError: there is no such level.
+        """
+        depth = len(self.clocks)
+        names = {FAST: 0} if depth else {}
+        names |= {f"level_{i}": i for i in range(depth)} | {str(i): i for i in range(depth)}
+        if str(level) not in names:
+            known = ", ".join([*names, CONTEXT, ALL])
+            raise UserError(f"nothing is called {level!r} in this session; it has {known}")
+        return names[str(level)]
+
+    def weights(self) -> tuple[Any, ...]:
+        """What each level holds, fastest first: the matrices that read, [layers, ...]."""
+        return jax.tree.map(lambda leaf: leaf[0], self._stream.weights(self._state.nest.levels))
+
+    def of_params(self, params: Any) -> "Session":
+        """A session that has read nothing, of other parameters of the same model, with the same options."""
+        made = copy.copy(self)
+        made.__dict__.pop("base", None)
+        made.params, made.file, made.run, made._ahead = params, None, "", None
+        made._state = made.fresh_state()
+        made._held, made._read, made._context = Held(np.zeros(0, np.int32), np.zeros(0, bool)), 0, 0
+        return made
+
     def diff(self, other: "Session") -> dict[str, float]:
         """How far the levels of two sessions of one model are apart, over the norm of their start weights.
 
@@ -276,10 +299,8 @@ class Session:
         """
         if self.model != other.model or (self.params is not other.params and self.base != other.base):
             raise UserError("these are sessions of two different models; there is nothing to compare")
-        weights = self._stream.weights
-        start = weights(self.fresh_state().nest.levels)
-        mine, theirs = weights(self._state.nest.levels), weights(other._state.nest.levels)
-        apart = jax.tree.map(jnp.subtract, mine, theirs)
+        start = self._stream.weights(self.fresh_state().nest.levels)
+        apart = jax.tree.map(jnp.subtract, self.weights(), other.weights())
         return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
 
     def digest(self) -> str:
@@ -308,7 +329,12 @@ class Session:
     def _block(self) -> int:
         return self._stream.chunks * self._stream.size
 
-    def _encode(self, text: Text) -> np.ndarray:
+    def encode(self, text: Text) -> np.ndarray:
+        """The tokens of a text.
+
+        Raises:
+          UserError: tokens that the model does not have.
+        """
         if isinstance(text, bytes):
             if self.vocabulary.name == BYTES:
                 return np.frombuffer(text, np.uint8)
