@@ -14,3 +14,4 @@ from .keeping import open as open
 from .report import LevelReport as LevelReport
 from .report import Report as Report
 from .session import Session as Session
+from .stream import ChunkReport as ChunkReport
