@@ -133,7 +133,6 @@ def _show_sample(result: Result, console: Console) -> None:
         seed=result.config.seed,
         end=vocabulary.end,
     )
-    sample = vocabulary.decode(prompt) + "".join(token_pieces(values, vocabulary))
     console.rule("sample")
-    console.print(sample, markup=False)
+    console.print("".join(token_pieces([*prompt, *values], vocabulary)), markup=False)
     console.rule()

@@ -59,7 +59,9 @@ def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeyp
     assert records(second.run_dir) == records(whole.run_dir)
 
 
-def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_path):  # noqa: F811
+def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_path, monkeypatch):  # noqa: F811
+    from tokenizers import Tokenizer, decoders
+
     words = tmp_path / "words.json"
     words.write_bytes(tokenizer_file.read_bytes())
     config = dataclasses.replace(small, data=f"{table}:3,{table}:1", documents="reset", sample_bytes=0, steps=3)
@@ -77,6 +79,13 @@ def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_p
     options = {"max_bytes": 8, "temperature": 1.0, "top_k": 0, "seed": 0}
     text = "".join(generate_text(tmp_path / "run", "line 3", **options))
     assert text.startswith("line 3") and len(text) > 6
+    own = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json"))
+    own.decoder = decoders.Sequence([own.decoder, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    own.save(str(tmp_path / "run" / "tokenizer.json"))  # it leaves out the space that a text begins with
+    made = own.encode(" is").ids
+    monkeypatch.setattr("hope_jax.training.generate.generate_bytes", lambda *_, **__: iter(made))
+    assert "".join(generate_text(tmp_path / "run", "line 3", **options)) == "line 3 is"
+    assert "".join(generate_text(tmp_path / "run", "", **options)) == "is"  # nothing is before it
     other = tmp_path / "other.txt"
     other.write_text("".join(LINES[:20]))
     assert "bits per byte over" in eval_file(tmp_path / "run", other)
