@@ -26,7 +26,6 @@ from hope_jax.training.profile import Steps
 from hope_jax.training.progress import Display
 from hope_jax.training.run_dir import remove_run
 from hope_jax.training.utilisation import model_flops
-from hope_jax.training.versus import opponent
 
 
 def records(run_dir):
@@ -364,29 +363,6 @@ def test_run_on_a_mesh_is_loaded_on_one_device(small, tmp_path):
     run = load_run(tmp_path / "run")
     assert len(run.state.step.sharding.device_set) == 1
     assert_same_state(run.state.params, result.state.params)
-
-
-def test_opponent_has_as_many_parameters(small):
-    from hope_jax.models import count_parameters
-
-    ours = dataclasses.replace(
-        small,
-        model=dataclasses.replace(small.model, name="hope_attention", cms_hidden=(40, 40), remat="full"),
-        cms_periods=(1, 2),
-    )
-    theirs = opponent(ours, "transformer")
-    assert theirs.model.name == "transformer" and theirs.cms_periods == ()
-    assert theirs.model.remat == "none"
-    assert count_parameters(theirs.model) == pytest.approx(count_parameters(ours.model), rel=0.01)
-    assert dataclasses.replace(theirs, model=ours.model, cms_periods=(1, 2)) == ours
-    deep = dataclasses.replace(small, model=dataclasses.replace(small.model, name="transformer", layers=3))
-    with pytest.raises(UserError, match="samba alternates 2 mixers"):
-        opponent(deep, "samba")
-    fast = dataclasses.replace(ours, model=dataclasses.replace(ours.model, cms_chunks=(4,)))
-    assert opponent(fast, "hope").model.cms_chunks == (4,)  # levels that adapt, against levels that adapt
-    assert opponent(fast, "delta_net").model.cms_chunks == ()
-    with pytest.raises(UserError, match="choose one with model=NAME"):
-        opponent(small, small.model.name)
 
 
 RECORD = {"loss": 1.0, "bits_per_byte": 1.443, "tokens_per_second": 12_345.6}
