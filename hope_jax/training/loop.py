@@ -217,6 +217,8 @@ class _Run:
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
         made = feed(batches, step, config.steps)
+        if step and self._evaluation_is_due(step) and distributed.greatest(step not in self._evaluated):
+            self._evaluate_on_the_way(state, step)  # the process before this one ended in it
         with self.clock.doing("step"):
             while step < config.steps:
                 stop, link = vote(asked(), state.step)
@@ -248,12 +250,18 @@ class _Run:
         return state
 
     def _pause(self, state: TrainState, step: int) -> None:
-        config = self.config
-        if step % config.checkpoint_every == 0:
+        if step % self.config.checkpoint_every == 0:
             self._save(state)
-        if step % config.eval_every == 0 and step < config.steps:
-            bpb = self.evaluate(state, config.eval_batches)
-            self.display.print(f"step {step}: validation {bpb:.3f} bits per byte")
+        if self._evaluation_is_due(step):
+            self._evaluate_on_the_way(state, step)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        """During training; the one at the end is another."""
+        return step % self.config.eval_every == 0 and step < self.config.steps
+
+    def _evaluate_on_the_way(self, state: TrainState, step: int) -> None:
+        bpb = self.evaluate(state, self.config.eval_batches)
+        self.display.print(f"step {step}: validation {bpb:.3f} bits per byte")
 
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""

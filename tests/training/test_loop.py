@@ -226,6 +226,28 @@ def test_steps_after_the_last_checkpoint_are_repeated_not_lost(whole, small, tmp
     assert records(second.run_dir) == records(whole.run_dir)
 
 
+def test_an_evaluation_in_which_the_run_died_is_made_up_for(small, tmp_path, monkeypatch):
+    """Step 4 is saved and its evaluation is not written down; that of step 2 is, and is not repeated."""
+    config = dataclasses.replace(small, eval_every=2)
+    whole = train(config, tmp_path / "whole")
+    calls = []
+
+    def die(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hope_jax.training.loop.evaluate", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+        second = train(config, tmp_path / "run", resume=True)
+    assert second.started_at == 4 and len(calls) == 4  # steps 2, 4, 4 again, 6
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert_same_state(second.state, whole.state)
+
+
 def test_longer_run_keeps_the_schedule(small, tmp_path):
     train(dataclasses.replace(small, steps=3), tmp_path / "run")
     longer = train(dataclasses.replace(small, steps=4), tmp_path / "run", resume=True)
