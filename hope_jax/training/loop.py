@@ -73,7 +73,8 @@ def train(
       config: what to train; `steps` is the step to stop at, counted from the beginning of the run.
       run_dir: where the run lies (see `run_dir.py`).
       resume: continue from the latest checkpoint. The steps that follow are those of an uninterrupted run,
-        bit for bit. None: continue if there is a run, else start one.
+        bit for bit. None, of a launcher: continue if there is a run, else start one; the first step is saved too, so
+        that a run that is killed again and again before a save is due moves on nevertheless.
       overwrite: remove a run that is already there.
       console: where to print; None prints nothing.
       profile: steps to write a trace of.
@@ -122,7 +123,7 @@ def train(
             Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
             run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir, telemetry, trace)
-            state = run.steps(state, batches, lambda: interruption.requested)
+            state = run.steps(state, batches, lambda: interruption.requested, save_first=found)
             stop = Stop(distributed.greatest(interruption.requested))
             validation_bpb = None
             if stop == Stop.NO:
@@ -210,10 +211,11 @@ class _Run:
         self.clock, self.times = telemetry.clock, telemetry.times
         self._evaluated = {r["step"] for r in read_metrics(run_dir) if "validation_bits_per_byte" in r}
 
-    def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop]) -> TrainState:
+    def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop], *, save_first: bool) -> TrainState:
         """Runs to the end or until one process is asked to stop; the state it returns is saved, or is being saved."""
         config, vote = self.config, distributed.Vote(self.program.mesh)
         step = int(state.step)
+        first = step + 1 if save_first else None
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
         made = feed(batches, step, config.steps)
@@ -239,18 +241,19 @@ class _Run:
                 self.checkpoints.check()
                 if self.trace.ends(step, state):
                     self.times.pause()
-                if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
+                saves = step % config.checkpoint_every == 0 or step == first
+                if saves or step % config.eval_every == 0:
                     self._read(step, metrics)
                     sent = None
                     self.times.pause()
-                    self._pause(state, step)
+                    self._pause(state, step, saves)
             if sent is not None:
                 self._read(step, sent)
         self._save(state)
         return state
 
-    def _pause(self, state: TrainState, step: int) -> None:
-        if step % self.config.checkpoint_every == 0:
+    def _pause(self, state: TrainState, step: int, saves: bool) -> None:
+        if saves:
             self._save(state)
         if self._evaluation_is_due(step):
             self._evaluate_on_the_way(state, step)
@@ -313,3 +316,5 @@ class _Run:
         meta = describe(int(state.step), self.config, self.corpus.sha256, self.program.mesh)
         with self.clock.doing("save"):
             self.checkpoints.save(state, meta)
+            if self.config.sync_checkpoints:
+                self.checkpoints.wait()

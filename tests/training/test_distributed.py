@@ -195,14 +195,15 @@ def test_a_run_continues_on_another_topology(config, cache, alone, tmp_path, sta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4])
-def test_killed_at_random_moments(config, cache, tmp_path, count):
+@pytest.mark.parametrize(("count", "sync"), [(1, False), (4, False), (1, True)])
+def test_killed_at_random_moments(config, cache, tmp_path, count, sync):
     """20 times SIGKILL, to a random process at a random moment, then the same command again.
 
     Every other time the moment is after a new checkpoint, else it may be in the start too. `pytest -s` shows each.
     """
     rng, every, run_dir = random.Random(count), 5, tmp_path / "run"
     config = dataclasses.replace(config, steps=100_000, warmup_steps=2, checkpoint_every=every, keep_checkpoints=3)
+    config = dataclasses.replace(config, sync_checkpoints=sync)
     typed = ["smoke", *words(config, run_dir, "decay_steps=1000", devices=count)]
     seen: dict[float, float] = {}  # the loss of every step that was ever recorded
     start_seconds, gained, in_a_save = 10.0, [], 0
@@ -226,8 +227,9 @@ def test_killed_at_random_moments(config, cache, tmp_path, count):
         assert all(steps[step] == seen[step] for step in steps.keys() & seen.keys())
         seen.update(steps)
         last, now = max(steps, default=0), saved_step(run_dir) or 0
-        # The save in progress is lost too, whether or not its directory is there already; the next one waits for it.
-        assert last - now <= 2 * every, (last, now)
+        # The save in progress is lost too, whether or not its directory is there already. The next save waits for it,
+        # or, with synchronous saves, the next step does.
+        assert last - now <= (every if sync else 2 * every), (last, now)
         gained.append(now - complete)
         how = ", in a save" * partial + ", others ended" * alone
         print(f"kill {kill}: process {victim}, {complete} -> {last}, saved {now}{how}")

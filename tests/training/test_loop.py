@@ -14,6 +14,7 @@ import optax
 import pytest
 from rich.console import Console
 
+from hope_jax.training.checkpoint import saved_steps
 from hope_jax.training.config import MeshConfig, read_config, write_config
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
@@ -246,6 +247,29 @@ def test_an_evaluation_in_which_the_run_died_is_made_up_for(small, tmp_path, mon
     assert second.started_at == 4 and len(calls) == 4  # steps 2, 4, 4 again, 6
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     assert_same_state(second.state, whole.state)
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_launcher_sees_progress_however_early_the_kills_come(whole, small, tmp_path, monkeypatch, resume):
+    """Each process dies in its second step, long before a save is due."""
+    config = dataclasses.replace(small, checkpoint_every=100, keep_checkpoints=2)
+    make, calls, reached = TrainBatches.__getitem__, [], []
+
+    def die(self, step):
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(self, step)
+
+    for _ in range(4):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TrainBatches, "__getitem__", die)
+            train(config, tmp_path / "run", resume=resume if resume is None or not reached else True)
+        reached.append(saved_steps(tmp_path / "run"))
+    assert reached == ([[1], [1, 2], [2, 3], [3, 4]] if resume is None else 4 * [[]])
+    last = train(config, tmp_path / "run", resume=resume or None)
+    assert_same_state(last.state, whole.state)
 
 
 def test_longer_run_keeps_the_schedule(small, tmp_path):
