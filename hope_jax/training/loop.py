@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve
+from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve, tokenizer_of
 from hope_jax.training.step import Metrics, Program, TrainState, build_program
 from hope_jax.training.telemetry import Telemetry, finite
 from hope_jax.training.utilisation import seconds_at_peak
@@ -98,7 +99,8 @@ def train(
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
     profile = _still_to_trace(profile, saved or 0, config.steps, found)
-    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
+    tokenizer = tokenizer_of(config, run_dir) if resume else config.tokenizer
+    corpus = load_mixture(dataclasses.replace(config, tokenizer=tokenizer), lambda x: console.print(x, markup=False))
     batches = training_batches(corpus, config)
     _claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)

@@ -76,6 +76,12 @@ def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_p
     assert losses[0]["bits_per_byte"] == pytest.approx(losses[0]["loss"] / np.log(2) / per_token)
     assert result.validation_bpb == pytest.approx(np.log2(300) / per_token, rel=0.1)  # nothing is known yet
     words.unlink()  # the run has its own copy
+    config = dataclasses.replace(config, steps=4)
+    again = train(config, tmp_path / "run", resume=True)
+    assert again.started_at == 3 and int(again.state.step) == 4
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    with pytest.raises(UserError, match="no such file: tokenizer="):  # another run begins with what its config names
+        train(config, tmp_path / "run", overwrite=True)
     options = {"max_bytes": 8, "temperature": 1.0, "top_k": 0, "seed": 0}
     text = "".join(generate_text(tmp_path / "run", "line 3", **options))
     assert text.startswith("line 3") and len(text) > 6
