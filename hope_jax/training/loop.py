@@ -18,7 +18,7 @@ from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
 from hope_jax.training.interrupt import Interruption, Stop
-from hope_jax.training.metrics import MetricsWriter, WeightsAndBiases, check_wandb, read_metrics
+from hope_jax.training.metrics import MetricsWriter, Sink, WeightsAndBiases, check_wandb, read_metrics
 from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
@@ -117,7 +117,7 @@ def train(
             at_peak = seconds_at_peak(config, list(program.mesh.devices.flat))
             telemetry = Telemetry(config, clock, at_peak, corpus.bytes_per_token("train"))
         label = config.model.name
-        others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb and primary else []
+        others = _other_places(config, run_dir, clock, start) if primary else []
         with (
             MetricsWriter(run_dir, start, *others) if primary else contextlib.nullcontext() as writer,
             Display(console, label, config.steps, start) as display,
@@ -184,6 +184,19 @@ def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any],
             return program.init()
     with clock.doing("restore"):
         return checkpoints.restore(program.abstract_state, expected)[0]
+
+
+def _other_places(config: TrainConfig, run_dir: Path, clock: Clock, start: int) -> list[Sink]:
+    """Where the records go besides the run directory. A place that is shut does not keep a run from going on."""
+    if not config.wandb:
+        return []
+    try:
+        return [WeightsAndBiases(run_dir, config, clock.began)]
+    except UserError as error:
+        if not start:
+            raise
+        distributed.say(f"warning: {error}; the run goes on without it")
+        return []
 
 
 def _recorded_speed(run_dir: Path) -> float | None:

@@ -13,8 +13,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import eval_file
 from hope_jax.training.generate import generate_text
 from hope_jax.training.loop import train
-from hope_jax.training.metrics import TIMED, read_metrics
-from tests.training.conftest import LINES
+from tests.training.conftest import LINES, records
 from tests.training.test_ingest import tokenizer_file  # noqa: F401
 
 
@@ -28,10 +27,6 @@ def table(tmp_path):
     path = tmp_path / "table.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     return path
-
-
-def records(run_dir):
-    return [{key: value for key, value in one.items() if key not in TIMED} for one in read_metrics(run_dir)]
 
 
 @pytest.mark.slow
