@@ -17,6 +17,7 @@ from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
+from hope_jax.training.ingest import INGEST_SECONDS
 from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.metrics import MetricsWriter, Sink, WeightsAndBiases, check_wandb, read_metrics
 from hope_jax.training.mixture import Mixture, load_mixture
@@ -28,8 +29,6 @@ from hope_jax.training.step import Metrics, Program, TrainState, build_program
 from hope_jax.training.telemetry import Telemetry, finite
 from hope_jax.training.utilisation import seconds_at_peak
 from hope_jax.training.watchdog import Watchdog
-
-INGEST_SECONDS = 24 * 3600  # how long the processes wait for the one that is slowest to read the text
 
 
 class Result(NamedTuple):
@@ -233,7 +232,8 @@ class _Run:
         first = step + 1 if save_first else None
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
-        made = feed(batches, step, config.steps)
+        rows = self.program.rows_here(config.batch_size)
+        made = feed(batches, step, config.steps, rows)
         if step and self._evaluation_is_due(step) and distributed.greatest(step not in self._evaluated):
             self._evaluate_on_the_way(state, step)  # the process before this one ended in it
         with self.clock.doing("step"):
@@ -245,7 +245,8 @@ class _Run:
                 if self.trace.begins(step + 1, state):
                     self.times.pause()
                 with self.clock.doing(kind), self.trace.step(step + 1):
-                    state, metrics = self.program.train_step(state, self.program.put_batch(next(made)))
+                    batch = self.program.put_batch(next(made), rows, config.batch_size)
+                    state, metrics = self.program.train_step(state, batch)
                 # The host waits for the previous step only: the device already has this one.
                 if sent is not None:
                     self._read(step, sent)

@@ -258,18 +258,18 @@ def test_a_run_continues_over_a_damaged_checkpoint(small, tmp_path, capsys):
 @pytest.mark.parametrize("sync", [True, False])
 def test_with_synchronous_saves_every_due_checkpoint_is_whole_before_the_next_step(small, tmp_path, monkeypatch, sync):
     """The disk is so slow that a save outlasts the steps: without the wait a kill would lose two intervals."""
-    write, make, whole = checkpoint.write_checksums, TrainBatches.__getitem__, []
+    write, make, whole = checkpoint.write_checksums, TrainBatches.rows, []
 
     def slowly(directory):
         time.sleep(0.5)
         write(directory)
 
-    def look(self, step):
+    def look(self, step, which):
         whole.append(max(saved_steps(tmp_path / "run"), default=0))
-        return make(self, step)
+        return make(self, step, which)
 
     monkeypatch.setattr(checkpoint, "write_checksums", slowly)
-    monkeypatch.setattr(TrainBatches, "__getitem__", look)
+    monkeypatch.setattr(TrainBatches, "rows", look)
     train(dataclasses.replace(small, sync_checkpoints=sync, eval_every=100), tmp_path / "run")
     due = [step - step % small.checkpoint_every for step in range(small.steps)]
     assert (whole == due) == sync and whole[-1] >= due[-1] - small.checkpoint_every

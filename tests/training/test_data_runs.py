@@ -40,10 +40,10 @@ def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeyp
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(jax.device_get(whole.state.lanes)))
     make = LaneBatches.rows
 
-    def make_and_interrupt(self, step, low, high):
+    def make_and_interrupt(self, step, which):
         if step == 4:  # read ahead: some step before it is the last
             signal.raise_signal(signal.SIGINT)
-        return make(self, step, low, high)
+        return make(self, step, which)
 
     with monkeypatch.context() as patch:
         patch.setattr(LaneBatches, "rows", make_and_interrupt)

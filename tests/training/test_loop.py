@@ -23,16 +23,16 @@ def assert_same_state(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def interrupt_at(monkeypatch, step):
+def interrupt_at(monkeypatch, at):
     """A Ctrl-C while the batch of a step is made."""
-    make = TrainBatches.__getitem__
+    make = TrainBatches.rows
 
-    def make_and_interrupt(self, index):
-        if index == step:
+    def make_and_interrupt(self, step, which):
+        if step == at:
             signal.raise_signal(signal.SIGINT)
-        return make(self, index)
+        return make(self, step, which)
 
-    monkeypatch.setattr(TrainBatches, "__getitem__", make_and_interrupt)
+    monkeypatch.setattr(TrainBatches, "rows", make_and_interrupt)
 
 
 def test_run_directory(whole):
@@ -121,14 +121,14 @@ def test_gradients_that_wait_for_a_slow_level_survive_a_resume(small, tmp_path, 
 def test_steps_after_the_last_checkpoint_are_repeated_not_lost(whole, small, tmp_path, monkeypatch):
     """A run that dies without a word continues from its checkpoint, and its records are in order."""
 
-    def die(self, step):
+    def die(self, step, which):
         if step == 5:
             raise KeyboardInterrupt
-        return make(self, step)
+        return make(self, step, which)
 
-    make = TrainBatches.__getitem__
+    make = TrainBatches.rows
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainBatches, "__getitem__", die)
+        patch.setattr(TrainBatches, "rows", die)
         train(small, tmp_path / "run")
     second = train(small, tmp_path / "run", resume=True)
     assert second.started_at == 4
@@ -162,18 +162,18 @@ def test_an_evaluation_in_which_the_run_died_is_made_up_for(small, tmp_path, mon
 def test_a_launcher_sees_progress_however_early_the_kills_come(whole, small, tmp_path, monkeypatch, resume):
     """Each process dies in its second step, long before a save is due."""
     config = dataclasses.replace(small, checkpoint_every=100, keep_checkpoints=2)
-    make, calls, reached = TrainBatches.__getitem__, [], []
+    make, calls, reached = TrainBatches.rows, [], []
 
-    def die(self, step):
+    def die(self, step, which):
         calls.append(step)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return make(self, step)
+        return make(self, step, which)
 
     for _ in range(4):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(TrainBatches, "__getitem__", die)
+            patch.setattr(TrainBatches, "rows", die)
             train(config, tmp_path / "run", resume=resume if resume is None or not reached else True)
         reached.append(saved_steps(tmp_path / "run"))
     assert reached == ([[1], [1, 2], [2, 3], [3, 4]] if resume is None else 4 * [[]])
