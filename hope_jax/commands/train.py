@@ -32,7 +32,11 @@ def add(commands: Commands) -> None:
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/PRESET)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
-    existing.add_argument("--auto-resume", action="store_true", help="continue the run if there is one, else start it")
+    existing.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="continue the run if there is one, else start it; saves after its first step too",
+    )
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
     train.add_argument("--versus", metavar="MODEL", help="also train another architecture with as many parameters")
     train.add_argument("--profile", metavar="FIRST:LAST", help="write an xprof trace of these steps to RUN/profile")

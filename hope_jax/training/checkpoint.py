@@ -4,10 +4,10 @@
 config and the corpus, and what wrote it. Everything random in a run is a function of (seed, step), so no
 generator state is stored.
 
-A save runs beside the steps that follow it. It writes into <step>.orbax-checkpoint-tmp, then the checksums of
-what it wrote, and the rename to <step> comes last: a directory with the name of a step is complete. What lies
-on the disk may still be damaged later, so the checksums are compared before a checkpoint is used; one that
-differs is put aside as <step>.damaged and the one before is taken.
+A save runs beside the steps that follow it, unless the config says to wait. It writes into
+<step>.orbax-checkpoint-tmp, then the checksums of what it wrote, and the rename to <step> comes last: a directory
+with the name of a step is complete. What lies on the disk may still be damaged later, so the checksums are compared
+before a checkpoint is used; one that differs is put aside as <step>.damaged and the one before is taken.
 """
 
 import json

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "eval_batches",
     "final_eval_batches",
     "checkpoint_every",
+    "sync_checkpoints",
     "keep_checkpoints",
     "keep_every",
     "stall_seconds",
@@ -105,6 +106,9 @@ class TrainConfig:
     eval_batches: int = 8  # of a microbatch each, in evaluations during training
     final_eval_batches: int = 0  # at the end; 0 reads all of the validation text
     checkpoint_every: int = 200
+    # Wait for each save: a kill then loses at most checkpoint_every steps. A save that runs beside the steps counts
+    # when it is complete, before the next one begins at the latest: a kill may lose up to twice as many.
+    sync_checkpoints: bool = False
     keep_checkpoints: int = 2  # the latest
     keep_every: int = 0  # and for good those of every so many steps; 0 for none
     sample_bytes: int = 300  # of the sample printed at the end

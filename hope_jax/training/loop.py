@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, evaluations, checkpoints, and the records of all of them."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +17,18 @@ from hope_jax.training.data import Batches, feed, training_batches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
+from hope_jax.training.ingest import INGEST_SECONDS
 from hope_jax.training.interrupt import Interruption, Stop
-from hope_jax.training.metrics import MetricsWriter, WeightsAndBiases, check_wandb, read_metrics
+from hope_jax.training.metrics import MetricsWriter, Sink, WeightsAndBiases, check_wandb, read_metrics
 from hope_jax.training.mixture import Mixture, load_mixture
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve
+from hope_jax.training.run_dir import LOSS_PLOT, claim, full_disk_named, holds_run, resolve, tokenizer_of
 from hope_jax.training.step import Metrics, Program, TrainState, build_program
 from hope_jax.training.telemetry import Telemetry, finite
 from hope_jax.training.utilisation import seconds_at_peak
 from hope_jax.training.watchdog import Watchdog
-
-INGEST_SECONDS = 24 * 3600  # how long the processes wait for the one that is slowest to read the text
 
 
 class Result(NamedTuple):
@@ -73,7 +73,8 @@ def train(
       config: what to train; `steps` is the step to stop at, counted from the beginning of the run.
       run_dir: where the run lies (see `run_dir.py`).
       resume: continue from the latest checkpoint. The steps that follow are those of an uninterrupted run,
-        bit for bit. None: continue if there is a run, else start one.
+        bit for bit. None, of a launcher: continue if there is a run, else start one; the first step is saved too, so
+        that a run that is killed again and again before a save is due moves on nevertheless.
       overwrite: remove a run that is already there.
       console: where to print; None prints nothing.
       profile: steps to write a trace of.
@@ -97,7 +98,8 @@ def train(
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
     profile = _still_to_trace(profile, saved or 0, config.steps, found)
-    corpus = load_mixture(config, lambda line: console.print(line, markup=False))
+    tokenizer = tokenizer_of(config, run_dir) if resume else config.tokenizer
+    corpus = load_mixture(dataclasses.replace(config, tokenizer=tokenizer), lambda x: console.print(x, markup=False))
     batches = training_batches(corpus, config)
     _claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
@@ -114,7 +116,7 @@ def train(
             at_peak = seconds_at_peak(config, list(program.mesh.devices.flat))
             telemetry = Telemetry(config, clock, at_peak, corpus.bytes_per_token("train"))
         label = config.model.name
-        others = [WeightsAndBiases(run_dir, config, clock.began)] if config.wandb and primary else []
+        others = _other_places(config, run_dir, clock, start) if primary else []
         with (
             MetricsWriter(run_dir, start, *others) if primary else contextlib.nullcontext() as writer,
             Display(console, label, config.steps, start) as display,
@@ -122,7 +124,7 @@ def train(
             Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
             run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir, telemetry, trace)
-            state = run.steps(state, batches, lambda: interruption.requested)
+            state = run.steps(state, batches, lambda: interruption.requested, save_first=found)
             stop = Stop(distributed.greatest(interruption.requested))
             validation_bpb = None
             if stop == Stop.NO:
@@ -183,6 +185,19 @@ def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any],
         return checkpoints.restore(program.abstract_state, expected)[0]
 
 
+def _other_places(config: TrainConfig, run_dir: Path, clock: Clock, start: int) -> list[Sink]:
+    """Where the records go besides the run directory. A place that is shut does not keep a run from going on."""
+    if not config.wandb:
+        return []
+    try:
+        return [WeightsAndBiases(run_dir, config, clock.began)]
+    except UserError as error:
+        if not start:
+            raise
+        distributed.say(f"warning: {error}; the run goes on without it")
+        return []
+
+
 def _recorded_speed(run_dir: Path) -> float | None:
     speeds = [record["tokens_per_second"] for record in read_metrics(run_dir) if record.get("tokens_per_second")]
     return speeds[-1] if speeds else None
@@ -210,13 +225,17 @@ class _Run:
         self.clock, self.times = telemetry.clock, telemetry.times
         self._evaluated = {r["step"] for r in read_metrics(run_dir) if "validation_bits_per_byte" in r}
 
-    def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop]) -> TrainState:
+    def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop], *, save_first: bool) -> TrainState:
         """Runs to the end or until one process is asked to stop; the state it returns is saved, or is being saved."""
         config, vote = self.config, distributed.Vote(self.program.mesh)
         step = int(state.step)
+        first = step + 1 if save_first else None
         sent: Metrics | None = None  # of the step that the device is working on
         kind = "compile"  # what the next call of the step does
-        made = feed(batches, step, config.steps)
+        rows = self.program.rows_here(config.batch_size)
+        made = feed(batches, step, config.steps, rows)
+        if step and self._evaluation_is_due(step) and distributed.greatest(step not in self._evaluated):
+            self._evaluate_on_the_way(state, step)  # the process before this one ended in it
         with self.clock.doing("step"):
             while step < config.steps:
                 stop, link = vote(asked(), state.step)
@@ -226,7 +245,8 @@ class _Run:
                 if self.trace.begins(step + 1, state):
                     self.times.pause()
                 with self.clock.doing(kind), self.trace.step(step + 1):
-                    state, metrics = self.program.train_step(state, self.program.put_batch(next(made)))
+                    batch = self.program.put_batch(next(made), rows, config.batch_size)
+                    state, metrics = self.program.train_step(state, batch)
                 # The host waits for the previous step only: the device already has this one.
                 if sent is not None:
                     self._read(step, sent)
@@ -237,23 +257,30 @@ class _Run:
                 self.checkpoints.check()
                 if self.trace.ends(step, state):
                     self.times.pause()
-                if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
+                saves = step % config.checkpoint_every == 0 or step == first
+                if saves or step % config.eval_every == 0:
                     self._read(step, metrics)
                     sent = None
                     self.times.pause()
-                    self._pause(state, step)
+                    self._pause(state, step, saves)
             if sent is not None:
                 self._read(step, sent)
         self._save(state)
         return state
 
-    def _pause(self, state: TrainState, step: int) -> None:
-        config = self.config
-        if step % config.checkpoint_every == 0:
+    def _pause(self, state: TrainState, step: int, saves: bool) -> None:
+        if saves:
             self._save(state)
-        if step % config.eval_every == 0 and step < config.steps:
-            bpb = self.evaluate(state, config.eval_batches)
-            self.display.print(f"step {step}: validation {bpb:.3f} bits per byte")
+        if self._evaluation_is_due(step):
+            self._evaluate_on_the_way(state, step)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        """During training; the one at the end is another."""
+        return step % self.config.eval_every == 0 and step < self.config.steps
+
+    def _evaluate_on_the_way(self, state: TrainState, step: int) -> None:
+        bpb = self.evaluate(state, self.config.eval_batches)
+        self.display.print(f"step {step}: validation {bpb:.3f} bits per byte")
 
     def evaluate(self, state: TrainState, batches: int) -> float:
         """Validation bits per byte, written down if it is news; 0 batches read everything."""
@@ -305,3 +332,5 @@ class _Run:
         meta = describe(int(state.step), self.config, self.corpus.sha256, self.program.mesh)
         with self.clock.doing("save"):
             self.checkpoints.save(state, meta)
+            if self.config.sync_checkpoints:
+                self.checkpoints.wait()

@@ -78,7 +78,8 @@ def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: boo
     Raises:
       UserError: the run that is continued was trained on other text, or the directory cannot be written.
     """
-    tokenizer = None if config.tokenizer == BYTES else Path(config.tokenizer).read_text()  # before it is removed
+    # Read before it is removed.
+    tokenizer = None if config.tokenizer == BYTES else Path(tokenizer_of(config, run_dir)).read_text()
     if overwrite:
         remove_run(run_dir)
     try:
@@ -165,6 +166,13 @@ def read_seen_bytes(run_dir: Path) -> list[int]:
 def run_vocabulary(run_dir: Path) -> Vocabulary:
     """What the tokens of a run are, by the run's own copy of the tokenizer."""
     return load_vocabulary(BYTES if read_config(run_dir).tokenizer == BYTES else str(run_dir / TOKENIZER_FILE))
+
+
+def tokenizer_of(config: TrainConfig, run_dir: Path) -> str:
+    """The tokenizer of a run that goes on: what its config names, or the run's own copy when that is gone."""
+    own = run_dir / TOKENIZER_FILE
+    gone = config.tokenizer != BYTES and not Path(config.tokenizer).is_file()
+    return str(own) if gone and own.is_file() else config.tokenizer
 
 
 def read_corpus_facts(run_dir: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ state = program.init()
 state, metrics = program.train_step(state, tokens)      # donates state, one compile per run
 """
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from hope_jax.training.level_metrics import norms, steps_since_update
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from hope_jax.training.overrides import one_line
 from hope_jax.training.packing import Batch
-from hope_jax.training.sharding import BATCH, make_mesh, shardings
+from hope_jax.training.sharding import BATCH, make_mesh, rows_on, shardings
 
 
 class TrainState(NamedTuple):
@@ -71,14 +72,30 @@ class Program(NamedTuple):
         """
         return self.level_norms(params, self.init_params())
 
-    def put_batch(self, batch: Any) -> Any:
-        """A host array or several, the same on every process, with the first axis over the mesh's batch axes.
+    def rows_here(self, count: int) -> list[int]:
+        """The rows of a batch of `count` that lie on the devices of this process."""
+        return rows_on(self.batch_sharding, count, self.batch_sharding.addressable_devices)
 
-        Each process moves only the rows of its own devices.
+    def put_batch(self, batch: Any, rows: Sequence[int] | None = None, count: int | None = None) -> Any:
+        """A host array or several as global ones, the first axis over the mesh's batch axes.
+
+        Args:
+          batch: rows of this process.
+          rows: which of the global batch they are, ascending; None for all.
+          count: rows of the global batch; None for as many as are here.
         """
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, self.batch_sharding, lambda rows: x[rows]), batch
-        )
+
+        def place(x: Any) -> jax.Array:
+            size = x.shape[0] if count is None else count
+
+            def of_device(index: Any) -> Any:
+                first, end, _ = index[0].indices(size)
+                here = first if rows is None else bisect.bisect_left(rows, first)
+                return x[here : here + end - first]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), self.batch_sharding, of_device)
+
+        return jax.tree.map(place, batch)
 
     @property
     def batch_sharding(self) -> NamedSharding:
