@@ -16,7 +16,18 @@ text. With --data embedded, the default, it is trained on the library's own text
 
 The report draws the curves (plots/matryoshka_width.png).
 
-@MEASURED@
+CLINC150 (150 intents), a transformer of width 64 and two layers, 600 steps, one learning rate, mean of seeds 0, 1, 2:
+
+    share of the width    bits: plain    matryoshka    recall, percent: plain    matryoshka
+    1/8                   5.98           2.60          7.5                       7.9
+    1/4                   4.75           2.39          18.1                      16.9
+    1/2                   3.21           2.31          29.2                      24.8
+    1                     2.25           2.29          37.5                      31.4
+
+The standard deviations are up to 0.18 bits and 1.7 percent. Trained for it, a prefix of 1/8, 1/4 or 1/2 loses 0.31,
+0.10 or 0.03 bits against the whole, which itself loses 0.03 by it (the plain runs spread by 0.05). To search with it is
+no better: within the spread at 1/8 and 1/4, worse beyond. The steps of a run take 24 s of processor time (plain) and
+26 s, without compilation and evaluation (Intel Xeon).
 """
 
 import csv
@@ -116,8 +127,8 @@ def labelled(folder: Path) -> tuple[Sentences, Sentences]:
         pairs = [list(csv.reader(table))[1:] for table in tables]  # without the head
     else:
         raise UserError(
-            f"data {folder} holds neither data_full.json (CLINC150) nor train.csv and test.csv (Banking77); give such a "
-            "folder, or embedded"
+            f"data {folder} holds neither data_full.json (CLINC150) nor train.csv and test.csv (Banking77); give a "
+            "folder that does, or embedded"
         )
     train, test = (Sentences([one for one, _ in rows], np.array([label for _, label in rows])) for rows in pairs)
     return train, test

@@ -3,7 +3,7 @@
     sum_m c_m CE(h[:m] E[:, :m]^T, next token)          m = ..., D/8, D/4, D/2, D
 
 A nest over width where Nested Learning has one over time: the rows of the head are shared, no parameter is added, and
-what is trained so can be cut to a prefix, as a cheaper head or as a shorter vector to search with (spec 11.5).
+what is trained so can be cut to a prefix (spec 11.5; measured in experiments/matryoshka.py).
 """
 
 from collections.abc import Sequence
