@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Best, columns_of, scores_of
-from experiments.published import FROM, Table
+from experiments.published import FROM, PREFIXES, Table
 from experiments.training import in_bits
 
 type Cells = Mapping[tuple[str, str], Mapping[str, Best]]
@@ -113,7 +113,25 @@ def against_steps(cells: Cells, table: Table) -> Any:
     return figure
 
 
+def against_width(cells: Cells, table: Table) -> Any:
+    """Bits and recall over the share of a representation that is kept, with the spread of the seeds."""
+    columns = [(kind, column) for column in columns_of(table, cells) for kind in ("bits", "recall")]
+    figure, panels = figure_of(len(columns), width=5)
+    for axes, (kind, column) in zip(panels, columns, strict=True):
+        for (model, name), settings in sorted(cells.items()):
+            for best in settings.values() if name == column else ():
+                values = [best.values(f"{kind}_{share}") for share in PREFIXES if best.has(f"{kind}_{share}")]
+                spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+                shares = PREFIXES[: len(values)]
+                axes.errorbar(shares, list(map(statistics.fmean, values)), spread, fmt="o-", capsize=3, label=model)
+        axes.set(title=column, xlabel="share of the width", ylabel="bits per byte" if kind == "bits" else "recall at 1")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
 CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
+CURVES |= {"matryoshka": {"_width": against_width}}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
 
 

@@ -33,6 +33,7 @@ _LANGUAGES = ("parity", "(aa)*", "(abab)*", "a^n b^n", "a^n b^n c^n", "Shuffle-2
 _MAD = ("compression", "in_context_recall", "fuzzy_recall", "selective_copying", "memorisation")
 _NEEDLES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 _ABLATION = ("text of the paper, perplexity", "reasoning of the paper")
+PREFIXES = ("1/8", "1/4", "1/2", "1")  # of a representation, as a share of its width
 FROM = "bits_from_"  # scores of this name and a place in the context
 
 TABLES = {
@@ -137,6 +138,13 @@ TABLES = {
         scores=("bits", f"{FROM}0", *(f"{FROM}{2**i}" for i in range(4, 24))),
         best=("bits",),
         note="The paper shows this experiment as a plot only. See plots/context_use_curve.png.",
+    ),
+    "matryoshka": Table(
+        title="Prefixes of a representation, 1/8 / 1/4 / 1/2 / 1 of its width: bits per byte, then recall of the "
+        "intent at the nearest sentence, percent",
+        scores=(*(f"bits_{share}" for share in PREFIXES), *(f"recall_{share}" for share in PREFIXES)),
+        best=("bits_1",),
+        note="Not an experiment of the paper. See plots/matryoshka_width.png.",
     ),
     "mqar": Table(
         title="Multi-query associative recall: accuracy at queries, percent",

@@ -13,11 +13,11 @@ from typing import Literal
 
 import yaml
 
-from hope_jax.models import ModelConfig, check_sequence_length
+from hope_jax.models import ModelConfig, check_sequence_length, prefix_widths
 from hope_jax.training.errors import UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.invocation import command
-from hope_jax.training.overrides import from_dict, leaves, to_dict
+from hope_jax.training.overrides import from_dict, leaves, one_line, to_dict
 
 CONFIG_FILE = "config.yaml"
 
@@ -102,6 +102,10 @@ class TrainConfig:
     clip_norm: float = 1.0  # global norm of the gradient
     cms_periods: tuple[int, ...] = ()  # level i of the CMS steps every cms_periods[i] steps; () means every step
 
+    # Weights of the losses of prefixes of the final representation, each half as wide as the next and the last all of
+    # it; () is (1,), the head alone. Evaluations are of the whole.
+    matryoshka: tuple[float, ...] = ()
+
     eval_every: int = 100
     eval_batches: int = 8  # of a microbatch each, in evaluations during training
     final_eval_batches: int = 0  # at the end; 0 reads all of the validation text
@@ -125,6 +129,7 @@ class TrainConfig:
         _check_not_negative(self, "document_multiple", "keep_every")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
         self._check_model()
+        self._check_matryoshka()
         self._check_documents()
         if self.batch_size % self.accumulate:
             raise UserError(
@@ -176,6 +181,18 @@ class TrainConfig:
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
                 f"{self.model.max_length}; make one smaller or the other larger"
             )
+
+    def _check_matryoshka(self) -> None:
+        weights = self.matryoshka
+        if weights and (min(weights) < 0 or max(weights) == 0):
+            raise UserError(
+                f"matryoshka={weights}: weights are 0 or more and one is above, for example 0.1,0.2,0.3,0.4"
+            )
+        if weights:
+            try:
+                prefix_widths(self.model, len(weights))
+            except ValueError as error:
+                raise UserError(f"matryoshka={weights}: {one_line(error)}") from error
 
     def _check_documents(self) -> None:
         if self.carries and self.model.architecture.cache:
@@ -290,6 +307,8 @@ def config_hash(config: TrainConfig) -> str:
     """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
     config = from_dict(TrainConfig(), to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
     values = {key: value for key, value in leaves(config).items() if not key.startswith(FREE_ON_RESUME)}
+    if not config.matryoshka:
+        del values["matryoshka"]  # as before there was one
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ state, metrics = program.train_step(state, tokens)      # donates state, one com
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +17,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hope_jax.models import ModelConfig, build_lm
+from hope_jax.models import ModelConfig, build_lm, matryoshka, matryoshka_losses
 from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.documents import document_losses
+from hope_jax.training.documents import cross_entropy, document_losses
 from hope_jax.training.errors import UserError
 from hope_jax.training.level_metrics import norms, steps_since_update
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
@@ -167,32 +168,36 @@ def init_params(lm: Any, seed: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
 
 
-def token_losses(lm: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def token_losses(lm: Any, params: Any, tokens_BT: jax.Array, losses: Callable = cross_entropy) -> jax.Array:
     """Nats of each next token.
 
     Args:
       lm: the model's functions.
       params: its parameters.
       tokens_BT: [B, T + 1]; every row starts with an empty memory.
+      losses: (what the model returns, targets) -> [B, T].
     Returns:
       [B, T] float32.
     """
     tokens_BT = tokens_BT.astype(jnp.int32)
     fresh = lm.init_state(params, tokens_BT.shape[0])
     _, logits_BTV = lm.apply(params, fresh, tokens_BT[:, :-1], phase=0)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), tokens_BT[:, 1:])
+    return losses(logits_BTV, tokens_BT[:, 1:])
 
 
 def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConfig) -> Callable:
     """The training step as a pure function."""
-    schedule = learning_rate_schedule(config)
+    schedule, losses = learning_rate_schedule(config), cross_entropy
+    if config.matryoshka:
+        lm = matryoshka(config.model, len(config.matryoshka))
+        losses = functools.partial(matryoshka_losses, config.matryoshka)
 
     def loss_fn(params, inputs):
         tokens_BT, lanes = inputs
         if not isinstance(tokens_BT, Batch):
-            return token_losses(lm, params, tokens_BT).mean(), ()
+            return token_losses(lm, params, tokens_BT, losses).mean(), ()
         before = lanes if config.carries else lm.init_state(params, tokens_BT.tokens.shape[0])
-        after, losses_BT = document_losses(lm, config.model, params, before, tokens_BT)
+        after, losses_BT = document_losses(lm, config.model, params, before, tokens_BT, losses)
         return (losses_BT * tokens_BT.weights).mean(), after if config.carries else ()
 
     def train_step(state: TrainState, tokens_BT: Any) -> tuple[TrainState, Metrics]:
