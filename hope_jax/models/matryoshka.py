@@ -32,7 +32,7 @@ def prefix_widths(config: ModelConfig, count: int) -> tuple[int, ...]:
             f"{count} prefixes, each half as wide as the next, do not fit dim={config.dim}; give at least one, and a "
             "dim that halves so often"
         )
-    if config.fast_chunks and config.cms_eta:
+    if config.adapts:
         raise ValueError(
             f"prefixes are for models without levels that adapt inside the sequence; got chunks of {config.fast_chunks}"
             ": leave out cms_chunks and mlp_chunks"
