@@ -24,8 +24,13 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
     """The same run with another architecture of as many parameters (within 1%).
 
     Raises:
-      UserError: the run has that architecture already, or no width matches.
+      UserError: the run has that architecture already or begins from another run, or no width matches.
     """
+    if config.start.run:
+        raise UserError(
+            f"--versus {name} trains another architecture from random parameters, this run begins from "
+            f"{config.start.run}; leave --versus out"
+        )
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
     changes: dict[str, Any] = {
