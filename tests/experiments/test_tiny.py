@@ -16,7 +16,11 @@ from experiments.training import in_bits
 TINY = {"formal_languages": ("transformer",), "mqar": ("delta_net",), "mad": ("transformer",), "niah": ("transformer",)}
 TINY |= {"babilong": ("delta_net",), "ablation": ("hope",), "context_use": ("transformer",)}
 TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",)}
-NO_RECORDS = {"optimizer_toy", "continual_momentum"}  # tables and pictures at once; tested in their own files
+NO_RECORDS = {
+    "optimizer_toy",
+    "continual_momentum",
+    "progressive_stacking",
+}  # tables and pictures at once; tested in their own files
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "ablation" else ()) for n in TINY])
