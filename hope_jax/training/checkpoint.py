@@ -202,6 +202,8 @@ class Checkpoints:
 
     def beginning(self, abstract_params: Any) -> Any:
         """The parameters of step 0, which a run that begins from another keeps; None if they are no longer there."""
+        if self._saving == 0:
+            self.wait()
         if 0 not in saved_steps(self._run_dir):
             return None
         return self._read_part(0, {"params": abstract_params})["params"]

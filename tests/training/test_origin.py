@@ -22,6 +22,7 @@ from hope_jax.training.metrics import read_metrics
 from hope_jax.training.optimizer import build_optimizer
 from hope_jax.training.origin import begin, config_from, find_origin
 from hope_jax.training.step import build_program
+from tests.training import processes
 from tests.training.test_loop import assert_same_state, interrupt_at, records
 
 MODEL = ModelConfig(name="hope_attention", dim=16, layers=1, heads=2, cms_hidden=(8, 12), max_length=64)
@@ -165,6 +166,20 @@ def test_a_level_in_front(first, base, tmp_path):
 
 def by_path(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.slow
+def test_two_processes_begin_from_a_run_of_one(first, tmp_path, program_cache):
+    words = ["--from", str(first.run_dir), "steps=2", "eval_every=1", "--add-level", "sample_bytes=0"]
+    options = {"cache": program_cache, "log": tmp_path / "logs"}
+    processes.run([*words, "--run", str(tmp_path / "one")], 1, **options)
+    printed, _ = processes.run([*words, "mesh.fsdp=2", "--run", str(tmp_path / "two")], 2, **options)
+    assert f"begins from {first.run_dir} at step 3, its momenta go on; new and without effect yet: level_0" in printed
+    one, two = (
+        [value for record in records(tmp_path / name) for key, value in sorted(record.items())]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)  # float32 sums over other pieces; distances are differences
 
 
 @pytest.mark.slow
