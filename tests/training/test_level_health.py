@@ -1,11 +1,12 @@
 """Levels that do not learn are named once, and seen in `hope watch` and `hope plot --levels`."""
 
+import dataclasses
 import json
 
 import pytest
 from rich.console import Console
 
-from hope_jax.training.config import write_config
+from hope_jax.training.config import StartConfig, write_config
 from hope_jax.training.errors import UserError
 from hope_jax.training.level_health import FRACTION, STEPS, Health, dead_levels
 from hope_jax.training.metrics import METRICS_FILE
@@ -36,7 +37,7 @@ def test_one_level_or_none_is_never_dead():
 
 
 def test_what_is_shown(small, tmp_path):
-    write_config(small, tmp_path)
+    write_config(dataclasses.replace(small, start=StartConfig("runs/before")), tmp_path)
     records = [record(step, 0.25, 1e-4) for step in range(1, STEPS + 1)]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(one) + "\n" for one in records))
     console = Console(record=True, width=120, file=(tmp_path / "out").open("w"))
@@ -44,6 +45,7 @@ def test_what_is_shown(small, tmp_path):
         watch(tmp_path, once=True, console=console)
     text = console.export_text()
     (dead,) = [line for line in text.splitlines() if "hardly learns" in line]
+    assert "begun from runs/before" in text
     assert "level_1" in dead and "0.0001" in dead and "0.25" in text
     assert plot_runs([tmp_path], tmp_path / "levels.png", levels=True).endswith("1 run over step")
     assert (tmp_path / "levels.png").read_bytes().startswith(b"\x89PNG")
