@@ -68,6 +68,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """What a run begins from (`origin.py`): random parameters, or those of another run."""
+
+    run: str = ""  # the directory of another run; "" draws the parameters
+    momentum: Literal["carry", "reset"] = "carry"  # whether its momenta go on or start again
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a run computes.
 
@@ -77,6 +85,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: str = "embedded"  # or a file, folder, pattern or hub:NAME; several as SOURCE:WEIGHT,SOURCE:WEIGHT
     text_column: str = "text"  # of tables
     tokenizer: str = "bytes"  # or the path of a tokenizers JSON file
@@ -128,6 +137,10 @@ class TrainConfig:
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
         _check_not_negative(self, "document_multiple", "keep_every")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
+        if not self.start.run and self.start != StartConfig():
+            raise UserError(
+                f"start.momentum={self.start.momentum} is of the run that this begins from; give start.run=RUN"
+            )
         self._check_model()
         self._check_matryoshka()
         self._check_documents()
@@ -306,9 +319,10 @@ def read_config(run_dir: Path) -> TrainConfig:
 def config_hash(config: TrainConfig) -> str:
     """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
     config = from_dict(TrainConfig(), to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
-    values = {key: value for key, value in leaves(config).items() if not key.startswith(FREE_ON_RESUME)}
-    if not config.matryoshka:
-        del values["matryoshka"]  # as before there was one
+    left_out = FREE_ON_RESUME  # and what is not there, as before there was such a thing
+    left_out += () if config.start.run else ("start.",)
+    left_out += () if config.matryoshka else ("matryoshka",)
+    values = {key: value for key, value in leaves(config).items() if not key.startswith(left_out)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,10 @@ from hope_jax.training.evaluate import evaluate
 from hope_jax.training.goodput import Clock
 from hope_jax.training.ingest import INGEST_SECONDS
 from hope_jax.training.interrupt import Interruption, Stop
+from hope_jax.training.level_health import Health
 from hope_jax.training.metrics import MetricsWriter, Sink, WeightsAndBiases, check_wandb, read_metrics
 from hope_jax.training.mixture import Mixture, load_mixture
+from hope_jax.training.origin import begin, describe_origin, find_origin
 from hope_jax.training.plots import plot_loss
 from hope_jax.training.profile import Profile, Steps, check_steps
 from hope_jax.training.progress import Display
@@ -97,19 +100,23 @@ def train(
     saved = saved_step(run_dir) if resume else None
     if saved is not None and saved > config.steps:
         raise UserError(f"{run_dir} is at step {saved}, beyond steps={config.steps}; give a larger steps")
+    origin = find_origin(config, program, run_dir) if saved is None else None
     profile = _still_to_trace(profile, saved or 0, config.steps, found)
     tokenizer = tokenizer_of(config, run_dir) if resume else config.tokenizer
     corpus = load_mixture(dataclasses.replace(config, tokenizer=tokenizer), lambda x: console.print(x, markup=False))
     batches = training_batches(corpus, config)
     _claim(config, corpus, run_dir, overwrite=overwrite and not resume)
     console.print(_opening(config, program), markup=False)
+    if origin is not None:
+        console.print(describe_origin(origin, config), markup=False)
     with (
         full_disk_named(run_dir),
         clock.keep(run_dir, saved or 0) if primary else contextlib.nullcontext(),
         Interruption() as interruption,
         Checkpoints(run_dir, config.keep_checkpoints, config.keep_every) as checkpoints,
     ):
-        state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock)
+        first = program.init if origin is None else functools.partial(begin, origin, config, program, run_dir)
+        state = _start(program, checkpoints, fingerprints(config, corpus.sha256), clock, first)
         start = int(state.step)
         clock.starts_at(start)
         with clock.doing("compile"):
@@ -124,6 +131,8 @@ def train(
             Watchdog(config.stall_seconds, run_dir) as watchdog,
         ):
             run = _Run(config, program, corpus, checkpoints, writer, display, watchdog, run_dir, telemetry, trace)
+            if origin is not None:
+                run.save(state)  # its beginning is kept
             state = run.steps(state, batches, lambda: interruption.requested, save_first=found)
             stop = Stop(distributed.greatest(interruption.requested))
             validation_bpb = None
@@ -176,11 +185,17 @@ def count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _start(program: Program, checkpoints: Checkpoints, expected: dict[str, Any], clock: Clock) -> TrainState:
+def _start(
+    program: Program,
+    checkpoints: Checkpoints,
+    expected: dict[str, Any],
+    clock: Clock,
+    first: Callable[[], TrainState],
+) -> TrainState:
     if checkpoints.latest_step() is None:
         checkpoints.check_none_is_damaged()
         with clock.doing("compile"):
-            return program.init()
+            return first()
     with clock.doing("restore"):
         return checkpoints.restore(program.abstract_state, expected)[0]
 
@@ -223,6 +238,7 @@ class _Run:
         self.checkpoints, self.writer, self.display = checkpoints, writer, display
         self.watchdog, self.run_dir, self.telemetry, self.trace = watchdog, run_dir, telemetry, trace
         self.clock, self.times = telemetry.clock, telemetry.times
+        self.health = Health()
         self._evaluated = {r["step"] for r in read_metrics(run_dir) if "validation_bits_per_byte" in r}
 
     def steps(self, state: TrainState, batches: Batches, asked: Callable[[], Stop], *, save_first: bool) -> TrainState:
@@ -265,12 +281,12 @@ class _Run:
                     self._pause(state, step, saves)
             if sent is not None:
                 self._read(step, sent)
-        self._save(state)
+        self.save(state)
         return state
 
     def _pause(self, state: TrainState, step: int, saves: bool) -> None:
         if saves:
-            self._save(state)
+            self.save(state)
         if self._evaluation_is_due(step):
             self._evaluate_on_the_way(state, step)
 
@@ -294,7 +310,7 @@ class _Run:
                 starts=self.corpus.validation_starts,
                 bytes_per_token=self.corpus.bytes_per_token("validation"),
             )
-            distances = jax.device_get(self.program.distances(state.params))
+            distances = self._distances(state)
         step = int(state.step)
         self.watchdog.beat(step)
         if self.writer is None:
@@ -303,6 +319,15 @@ class _Run:
             self._evaluated.add(step)
             self.writer.write(step, **self.telemetry.of_evaluation(bpb, distances))
         return bpb
+
+    def _distances(self, state: TrainState) -> dict[str, Any]:
+        """From where the run began; nothing if that was another run and the checkpoint of step 0 is gone."""
+        start = None
+        if self.config.start.run:
+            start = self.checkpoints.beginning(self.program.abstract_state.params)
+            if start is None:
+                return {}
+        return jax.device_get(self.program.distances(state.params, start))
 
     def _read(self, step: int, metrics: Metrics) -> None:
         """Waits for a step, stops the run if its numbers are not finite, and writes them down."""
@@ -314,6 +339,8 @@ class _Run:
         if self.writer is not None:
             self.writer.write(step, **record)
         self.display.update(step, record)
+        for warning in self.health.news(record):
+            self.display.print(f"step {step}: {warning}")
 
     def _describe_failure(self, step: int, metrics: Metrics) -> str:
         with contextlib.suppress(RunFailed):
@@ -328,7 +355,8 @@ class _Run:
             f"try a smaller learning_rate (now {self.config.learning_rate:g}) or clip_norm"
         )
 
-    def _save(self, state: TrainState) -> None:
+    def save(self, state: TrainState) -> None:
+        """Begins to save a state."""
         meta = describe(int(state.step), self.config, self.corpus.sha256, self.program.mesh)
         with self.clock.doing("save"):
             self.checkpoints.save(state, meta)

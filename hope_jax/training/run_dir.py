@@ -1,7 +1,7 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
 RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  goodput.json  loss.png  profile/  stalls.txt
-    ckpt/<step>/{state, meta, checksums.json}
+    [origin.json]  ckpt/<step>/{state, meta, checksums.json}
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from hope_jax.training.vocabulary import BYTES, TOKENIZER_FILE, Vocabulary, load
 from hope_jax.training.watchdog import STALLS_FILE
 
 CORPUS_FILE = "corpus.json"
+ORIGIN_FILE = "origin.json"  # of a run that begins from another
 LOSS_PLOT = "loss.png"
 WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
@@ -125,7 +126,8 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT, STALLS_FILE):
+    records = (METRICS_FILE, GOODPUT_FILE, LOSS_PLOT, STALLS_FILE)
+    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, ORIGIN_FILE, *records):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()

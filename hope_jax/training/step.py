@@ -48,6 +48,7 @@ class Metrics(NamedTuple):
     update_norm: jax.Array  # [] float32, of what the step added to the parameters
     level_update_norm: dict[str, jax.Array]  # [] float32 of each level
     level_waited: dict[str, jax.Array]  # [] int32, steps since each level was written; 0 if in this one
+    level_gradient_ratio: dict[str, jax.Array]  # [] float32, |gradient| / |parameters| of each level before the step
 
 
 class Program(NamedTuple):
@@ -66,12 +67,14 @@ class Program(NamedTuple):
         """The state before the first step."""
         return self.start(self.init_params())
 
-    def distances(self, params: Any) -> dict[str, jax.Array]:
+    def distances(self, params: Any, start: Any = None) -> dict[str, jax.Array]:
         """How far each level is from where the run began, float32[].
 
-        The start is made again: keeping it would take as much memory as the parameters do.
+        Args:
+          params: as they are now.
+          start: as they were; None makes them again: keeping them would take as much memory as the parameters do.
         """
-        return self.level_norms(params, self.init_params())
+        return self.level_norms(params, self.init_params() if start is None else start)
 
     def rows_here(self, count: int) -> list[int]:
         """The rows of a batch of `count` that lie on the devices of this process."""
@@ -119,15 +122,15 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
     lanes = config.batch_size if config.carries else 0
     try:
         lm = build_lm(config.model)
-        shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed, lanes))
+        abstract = abstract_state(lm, tx, mesh, lanes)
     except ValueError as error:
         raise UserError(one_line(error)) from error
     batch, scalar = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
-    placed = shardings(shapes, mesh)._replace(lanes=jax.tree.map(lambda leaf: batch, shapes.lanes))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return Program(
         lm=lm,
         mesh=mesh,
-        abstract_state=jax.tree.map(_place, shapes, placed),
+        abstract_state=abstract,
         init_params=jax.jit(lambda: init_params(lm, config.seed), out_shardings=placed.params),
         start=jax.jit(lambda params: start_state(lm, tx, params, lanes), out_shardings=placed, donate_argnums=0),
         train_step=jax.jit(
@@ -145,6 +148,14 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
             lambda params, others: norms(jax.tree.map(jnp.subtract, params, others)), out_shardings=scalar
         ),
     )
+
+
+def abstract_state(lm: Any, tx: optax.GradientTransformation, mesh: Mesh, lanes: int = 0) -> TrainState:
+    """Shapes, dtypes and shardings of a state."""
+    shapes = jax.eval_shape(lambda: init_state(lm, tx, 0, lanes))
+    batch = NamedSharding(mesh, BATCH)
+    placed = shardings(shapes, mesh)._replace(lanes=jax.tree.map(lambda leaf: batch, shapes.lanes))
+    return jax.tree.map(_place, shapes, placed)
 
 
 def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -218,10 +229,15 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
             update_norm=optax.tree.norm(moved),
             level_update_norm=moved,
             level_waited=steps_since_update(opt_state, list(moved), config.cms_periods),
+            level_gradient_ratio=jax.tree.map(_ratio, norms(grads), norms(state.params)),
         )
         return TrainState(state.step + 1, params, opt_state, lanes), metrics
 
     return train_step
+
+
+def _ratio(gradient: jax.Array, parameters: jax.Array) -> jax.Array:
+    return gradient / jnp.maximum(parameters, jnp.finfo(parameters.dtype).tiny)
 
 
 def accumulated_grad(loss_fn: Callable, params: Any, batch: Any, pieces: int) -> tuple[tuple[jax.Array, Any], Any]:

@@ -27,8 +27,14 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
     Documents begin where they may begin for both; it reads what `comparable(config, name)` reads.
 
     Raises:
-      UserError: the run has that architecture already, no width matches, or the other model cannot read these windows.
+      UserError: the run has that architecture already or begins from another run, no width matches, or the other model
+        cannot read these windows.
     """
+    if config.start.run:
+        raise UserError(
+            f"--versus {name} trains another architecture from random parameters, this run begins from "
+            f"{config.start.run}; leave --versus out"
+        )
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
     changes: dict[str, Any] = {

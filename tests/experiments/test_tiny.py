@@ -24,6 +24,7 @@ NO_RECORDS = {
     "surprise_gates",
     "two_timescales",
     "low_pass",
+    "progressive_stacking",
 }  # tables and pictures at once; tested in their own files
 
 

@@ -25,7 +25,7 @@ def test_records(whole, small):
     training = [record for record in records(whole.run_dir) if "loss" in record]
     assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "bits_per_byte", "grad_norm", "update_norm", "params_norm", "learning_rate"}
-    keys |= {"rest/update_norm", "rest/steps_since_update"}
+    keys |= {"rest/update_norm", "rest/steps_since_update", "rest/gradient_ratio"}
     assert all(set(record) == keys for record in training)
     assert training[0]["bits_per_byte"] == pytest.approx(8, rel=0.1)  # nothing is known yet
     evaluations = {r["step"]: r["validation_bits_per_byte"] for r in records(whole.run_dir) if "loss" not in r}

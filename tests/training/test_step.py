@@ -136,6 +136,9 @@ def test_the_metrics_of_the_levels_are_what_their_parameters_did(levels):
         moved, whole = apart(after, before)
         assert metrics.level_update_norm == pytest.approx(moved, rel=1e-5, abs=2 * rounding)
         assert metrics.update_norm == pytest.approx(whole, rel=1e-5, abs=2 * rounding)
+        sizes = apart(before, jax.tree.map(np.zeros_like, before))[0]
+        gradients = [ratio * sizes[level] for level, ratio in metrics.level_gradient_ratio.items()]
+        assert len(gradients) == 3 and metrics.grad_norm == pytest.approx(np.linalg.norm(gradients), rel=1e-5)
     assert distances == pytest.approx(apart(history[-1], history[0])[0], rel=1e-5)
     waited = [metrics.level_waited for metrics in told]
     assert [step["level_1"] for step in waited] == [1, 0, 1, 0, 1]
