@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hope_jax.commands import bench, compiled, look, train, use
+from hope_jax.commands import bench, compiled, look, online, train, use
 from hope_jax.training.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from hope_jax.training.presets import describe_presets
 
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, look, use, compiled, bench):
+    for group in (train, look, use, online, compiled, bench):
         group.add(commands)
     for name, one in commands.choices.items():
         one.set_defaults(parser=one, command=name)

@@ -20,6 +20,7 @@ def add(commands: Commands) -> None:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest bytes (default: all)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    generate.add_argument("--session", type=Path, metavar="FILE", help="answer from what hope learn or hope chat saved")
     generate.set_defaults(function=_generate)
 
 
@@ -33,16 +34,18 @@ def _eval(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def _generate(arguments: argparse.Namespace, argv: list[str]) -> int:
     del argv
-    from hope_jax.training.generate import generate_text
+    from hope_jax.training.generate import check_sampling, generate_text
 
-    pieces = generate_text(
-        arguments.run,
-        arguments.prompt,
-        max_bytes=arguments.max_bytes,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "seed": arguments.seed}
+    if arguments.session is None:
+        pieces = generate_text(arguments.run, arguments.prompt, max_bytes=arguments.max_bytes, **sampling)
+    else:
+        from hope_jax.online.learn import answer_from
+
+        check_sampling(arguments.max_bytes, **sampling)
+        pieces = answer_from(
+            arguments.run, arguments.session, arguments.prompt, max_tokens=arguments.max_bytes, **sampling
+        )
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -164,6 +164,21 @@ def check_length(model: ModelConfig, total: int) -> None:
         )
 
 
+def check_sampling(max_bytes: int, temperature: float, top_k: int, seed: int) -> None:
+    """Refuses options of `hope generate` that are out of range."""
+    for name, value, least in (
+        ("max-bytes", max_bytes, 1),
+        ("temperature", temperature, 0),
+        ("top-k", top_k, 0),
+    ):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value} must be a finite number")
+        if not value >= least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} must be 0 or greater and below 2**63")
+
+
 def generate_text(
     run_dir: Path, prompt: str, *, max_bytes: int, temperature: float, top_k: int, seed: int
 ) -> Iterator[str]:
@@ -176,17 +191,7 @@ def generate_text(
     from hope_jax.training.load import load_run
     from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
 
-    for name, value, least in (
-        ("max-bytes", max_bytes, 1),
-        ("temperature", temperature, 0),
-        ("top-k", top_k, 0),
-    ):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value} must be a finite number")
-        if not value >= least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed} must be 0 or greater and below 2**63")
+    check_sampling(max_bytes, temperature, top_k, seed)
     seen_bytes = read_seen_bytes(run_dir)
     vocabulary = run_vocabulary(run_dir)
     checked = encode_prompt(prompt, vocabulary, seen_bytes)

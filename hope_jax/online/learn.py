@@ -1,0 +1,101 @@
+"""`hope learn`, and sessions in files as the command line uses them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from hope_jax.online.keeping import from_run
+from hope_jax.online.keeping import open as open_session
+from hope_jax.online.reading import joined, read
+from hope_jax.online.report import Report
+from hope_jax.online.session import Session
+from hope_jax.training.errors import UserError
+from hope_jax.training.overrides import apply_overrides
+
+
+def start_or_continue(run_dir: Path, file: Path | None, overrides: Sequence[str] = ()) -> Session:
+    """The session of a file, or a new one of the run where there is no file yet.
+
+    Raises:
+      UserError: no such run, a file that is not a session of it, or overrides that a session which has begun does
+        not follow.
+    """
+    if file is None or not file.exists():
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"no such folder: {file.parent}; make it, or give another --session")
+        return from_run(run_dir, tuple(overrides))
+    session = open_session(file, run=run_dir)
+    if apply_overrides(session.model, overrides) != session.model:
+        raise UserError(
+            f"{file} is a session that began without {' '.join(overrides)}; leave that out, or begin another --session"
+        )
+    return session
+
+
+def read_file(path: Path) -> str:
+    """A text file.
+
+    Raises:
+      UserError: there is none, it is empty, or it is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not text:
+        raise UserError(f"{path} is empty; give a file with text")
+    return text
+
+
+def read_with_progress(session: Session, text: str, console: Console, *, learn: bool = True) -> Report:
+    """Observes a text, with a bar on a terminal; Ctrl-C ends it early, and what was read stays read."""
+    reports: list[Report] = []
+    columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0, loss="compiling ...")
+        try:
+            for report, share in read(session, text, update_allowed=learn):
+                reports.append(report)
+                bar.update(task, completed=share, loss=f"{report.before:.3f} nats/token")
+        except KeyboardInterrupt:
+            console.print(f"stopped; {sum(one.tokens for one in reports):,} tokens are read")
+    return joined(session, reports)
+
+
+def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str]) -> None:
+    """What `hope learn` does: reads a text into a session's file, and says what it learned.
+
+    Raises:
+      UserError: as `start_or_continue` and `read_file`, or the file cannot be written.
+    """
+    from hope_jax.online.chat import learned
+
+    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    text = read_file(data)
+    session = start_or_continue(run_dir, file, overrides)
+    report = read_with_progress(session, text, console)
+    session.save(file)
+    console.print(learned(report))
+    console.print(f"saved {file}: {session.tokens:,} tokens")
+
+
+def answer_from(run_dir: Path, file: Path, prompt: str, **options: Any) -> Iterator[str]:
+    """What `hope generate --session` prints: the prompt, then the answer; the file stays as it is.
+
+    Args:
+      run_dir: of the run.
+      file: the session's.
+      prompt: what comes next in the session's stream.
+      options: of `Session.answer`.
+
+    Raises:
+      UserError: no such run or session, or a value out of range.
+    """
+    answer = open_session(file, run=run_dir).answer(prompt, learn=False, **options)
+    yield prompt
+    yield from answer

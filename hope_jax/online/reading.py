@@ -1,0 +1,89 @@
+"""Reading a long text in pieces that can be watched, and the JSON form of what came of it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hope_jax.online.report import Report, summarize
+from hope_jax.online.session import Session
+from hope_jax.online.stream import TOKENS_A_CALL
+
+
+def pieces(session: Session, text: str, size: int = TOKENS_A_CALL) -> list[np.ndarray]:
+    """The tokens of a text, cut every `size` tokens: read one after another they are the whole text, to the bit."""
+    tokens = session.vocabulary.encode([text])[0]
+    return [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
+
+
+def read(
+    session: Session, text: str, *, update_allowed: bool = True, size: int = TOKENS_A_CALL
+) -> Iterator[tuple[Report, float]]:
+    """Observes a text piece by piece.
+
+    Args:
+      session: it reads, and learns.
+      text: what comes next in its stream.
+      update_allowed: as of `Session.observe`.
+      size: tokens of a piece.
+    Yields:
+      What a piece did, and the share of the text that has been read.
+
+    Example:
+      >>> from hope_jax.models import ModelConfig, build_lm
+      >>> levels = {"cms_hidden": (32, 32), "cms_chunks": (16, 64)}
+      >>> config = ModelConfig(name="hope_attention", dim=16, layers=1, **levels)
+      >>> session = Session(config, build_lm(config).init(jax.random.key(0)))
+      >>> [(report.tokens, share) for report, share in read(session, "abc " * 25, size=64)]
+      [(64, 0.64), (36, 1.0)]
+    """
+    all_pieces = pieces(session, text, size)
+    total, done = sum(map(len, all_pieces)), 0
+    for piece in all_pieces:
+        report = session.observe(piece, update_allowed=update_allowed)
+        done += len(piece)
+        yield report, done / total
+
+
+def joined(session: Session, reports: Sequence[Report]) -> Report:
+    """One report of several calls in a row, as if they had been one; the session is as they left it."""
+    if not reports:
+        return session.observe("")
+    last = reports[-1]
+    return summarize(
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(report.chunks for report in reports)),
+        tokens=sum(report.tokens for report in reports),
+        held=last.held,
+        written=int(session.snapshot().state.nest.phase[0]) * session.chunk_size,
+        clocks=session.clocks,
+        new_contexts=sum(report.new_contexts for report in reports),
+    )
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """A report as JSON: numbers that are not finite become null, arrays lists with one entry per chunk."""
+    chunks = {
+        name: getattr(report.chunks, name).tolist()
+        for name in ("before", "after", "wrote", "rolled_back", "fired", "step", "moved")
+    }
+    fields = report._asdict() | {
+        "levels": [level._asdict() for level in report.levels],
+        "chunks": chunks,
+        "warnings": report.warnings,
+    }
+    return finite(fields)
+
+
+def finite(value: Any) -> Any:
+    """The value without infinities and NaNs, which JSON does not have: None in their place.
+
+    >>> finite({"before": float("nan"), "moved": [0.5]})
+    {'before': None, 'moved': [0.5]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

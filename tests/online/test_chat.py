@@ -1,0 +1,142 @@
+"""`hope chat`, `hope learn` and `hope generate --session`: what is read, shown, saved and answered."""
+
+import io
+import re
+import sys
+
+import pytest
+from rich.console import Console
+
+from hope_jax import online
+from hope_jax.cli import main
+from hope_jax.online.chat import Chat
+
+FACT = "The password of the archive is swordfish."
+
+
+@pytest.fixture
+def session(config, params):
+    return online.Session(config, params)
+
+
+def converse(session, *lines, file=None):
+    """What a conversation of these lines prints."""
+    out = io.StringIO()
+    chat = Chat(session, file, Console(file=out, width=100, highlight=False), max_tokens=8, temperature=0)
+    chat.run(lines)
+    return out.getvalue()
+
+
+def test_a_line_shows_what_it_taught(session, config, params):
+    shown = converse(session, f"/tell {FACT}")
+    report = online.Session(config, params).observe(f"{FACT}\n")
+    assert f"{len(FACT) + 1} tokens read, {report.held} wait" in shown
+    assert f"surprise {report.before:.3f} -> {report.after:.3f} nats/token" in shown
+    for level in report.levels:
+        fired = f"fired {level.updates}x"
+        assert re.search(rf"{level.name} +every {level.chunk_size} .*{fired} .*moved {level.moved:.4f}", shown)
+
+
+def test_the_stream_is_the_lines_and_the_answers(session, config, params):
+    shown = converse(session, "one two", "/tell three")
+    other = online.Session(config, params)
+    other.observe("one two")
+    answer = other.generate(until="\n", max_tokens=8, temperature=0)
+    other.observe("\n", update_allowed=False)
+    other.observe("three\n")
+    assert session.digest() == other.digest()
+    assert re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", answer) in shown
+
+
+def test_it_saves_at_the_end_and_goes_on(session, config, params, tmp_path):
+    file = tmp_path / "alice.hope"
+    assert f"saved {file}" in converse(session, f"/tell {FACT}", "/quit", "/tell never read", file=file)
+    again = online.open(file, config, params)
+    assert again.digest() == session.digest()
+    assert "saved" not in converse(again, "/levels", file=file)  # nothing changed
+    assert f"saved {file}" in converse(again, "/tell more", file=file)
+
+
+def test_it_says_that_nothing_was_saved(session, tmp_path):
+    assert "nothing was saved; start with --session FILE" in converse(session, "/tell a")
+    assert "saved" not in converse(session, f"/save {tmp_path / 'a.hope'}").partition("saved")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/laod x", "no command '/laod'; there are /tell, /load"),
+        ("/load /nowhere/text.txt", "cannot read /nowhere/text.txt"),
+        ("/forget level_7", "nothing called 'level_7' to forget; this session has level_0"),
+        ("/learn maybe", "write /learn on or /learn off"),
+        ("/save", "write /save FILE"),
+        ("/score", "nothing to score"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_conversation_goes_on(session, line, message):
+    before = session.digest()
+    shown = converse(session, line, "/help")
+    assert message in shown and "ends, as does Ctrl-D" in shown
+    assert session.digest() == before
+
+
+def test_load_forget_score_and_levels(session, tmp_path):
+    file = tmp_path / "facts.txt"
+    file.write_text(f"{FACT}\n" * 20)
+    shown = converse(session, f"/load {file}", "/levels", f"/score {FACT}", "/forget all", "/levels")
+    assert f"{20 * (len(FACT) + 1)} tokens read" in shown and "nats/token" in shown
+    assert shown.count("moved 0.0000") == 2  # of the two levels, after they were forgotten
+    for content, message in ((b"\xff", "is not UTF-8 (byte 0)"), (b"", "is empty")):
+        file.write_bytes(content)
+        assert message in converse(session, f"/load {file}")
+
+
+def test_learn_off_reads_and_does_not_teach(session, config, params):
+    converse(session, "/learn off", f"/tell {FACT}")
+    assert session.tokens == len(FACT) + 1
+    assert set(session.diff(online.Session(config, params)).values()) == {0.0}
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(session, monkeypatch):
+    def answer(**options):
+        yield "half an"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "answer", answer)
+    shown = converse(session, "a question", "/levels")
+    assert "half an (stopped)" in shown and "moved" in shown.rpartition("(stopped)")[2]
+
+
+def test_what_would_move_the_cursor_is_shown_as_a_mark(session, monkeypatch):
+    monkeypatch.setattr(session, "answer", lambda **options: iter(["a\x1b[2Jb"]))
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb" in converse(session, "a question")
+
+
+@pytest.mark.slow
+def test_learned_in_one_command_and_answered_in_another(tmp_path, capsys, monkeypatch):
+    """A run whose levels were ordinary parameters in training; every command opens the session's file anew."""
+    run, session, data = tmp_path / "run", str(tmp_path / "alice.hope"), tmp_path / "facts.txt"
+    data.write_text(f"{FACT}\n" * 60)
+    small = ["model=hope_attention", "model.dim=32", "model.layers=1", "model.cms_hidden=64,64", "seq_len=32"]
+    assert main(["train", "smoke", *small, "steps=2", "--run", str(run)]) == 0
+    learn = ["learn", str(run), "--session", session, "--data", str(data)]
+    capsys.readouterr()
+    assert main([*learn, "cms_eta=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert f"saved {session}: {60 * (len(FACT) + 1):,} tokens" in shown and "level_1  every 128" in shown
+
+    ask = ["generate", str(run), "--session", session, "--prompt", "The pass", "--temperature", "0", "--max-bytes", "9"]
+    assert main(ask) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("The pass") and first.count("\n") >= 1
+    assert main(ask) == 0
+    assert capsys.readouterr().out == first  # the file is as it was
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/levels\n/tell more\n"))
+    assert main(["chat", str(run), "--session", session]) == 0
+    assert f"saved {session}" in capsys.readouterr().out
+    assert main([*learn, "cms_eta=0.25"]) == 2
+    assert "began without cms_eta=0.25" in capsys.readouterr().err
+    (tmp_path / "bad.hope").write_bytes(b"no session")
+    assert main(["generate", str(run), "--session", str(tmp_path / "bad.hope")]) == 2
+    assert "is not a session" in capsys.readouterr().err
