@@ -3,6 +3,7 @@
 Each file is one idea:
 
     sources  vocabulary  ingest  corpus  mixture        the text, as tokens
+    cache                       what can be made again, kept
     packing  lanes  data        batches of it by (seed, step)
     documents                   losses of rows that hold several documents
     config  presets  overrides  what a run is; key=value

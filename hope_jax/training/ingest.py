@@ -3,7 +3,7 @@
 CACHE/NAME-<key>/  train.bin  train.npy  validation.bin  validation.npy  facts.json
 
 The .bin files are flat arrays of tokens, the .npy files say where each document begins, facts.json holds sizes and
-the fingerprint of the tokens. CACHE is $HOPE_JAX_CACHE, or hope_jax/ in $XDG_CACHE_HOME or ~/.cache. The key covers
+the fingerprint of the tokens. CACHE is `cache.cache_dir()`. The key covers
 the files (names, sizes, times), the column and the vocabulary; a dataset of the hub goes by its name alone, so that a
 second run needs no network. Two runs may ingest the same source at once: the folder appears by a rename. Of the
 processes of one run that share a cache, the first ingests and the others wait.
@@ -11,7 +11,6 @@ processes of one run that share a cache, the first ingests and the others wait.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hope_jax.training import distributed
+from hope_jax.training.cache import cache_dir
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.sources import HUB, Piece, read_pieces, source_files
@@ -34,13 +34,6 @@ VALIDATION_SHARE = 0.05  # of the documents, chosen by a hash of their text
 VALIDATION_TOKENS = 1 << 20  # no document is held out beyond these
 BATCH = 1 << 20  # characters that are tokenised together
 INGEST_SECONDS = 24 * 3600  # how long the processes wait for the one that is slowest to read the text
-
-
-def cache_dir() -> Path:
-    """Where ingested sources lie."""
-    if own := os.environ.get("HOPE_JAX_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hope_jax"
 
 
 def ingest(name: str, column: str, vocabulary: Vocabulary, say: Callable[[str], None] = lambda line: None) -> Corpus:

@@ -29,6 +29,7 @@ def program_cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(program_cache):
     names = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(program_cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -9,8 +9,9 @@ import pytest
 
 from hope_jax.training import distributed
 from hope_jax.training import ingest as module
+from hope_jax.training.cache import cache_dir
 from hope_jax.training.errors import UserError
-from hope_jax.training.ingest import cache_dir, ingest
+from hope_jax.training.ingest import ingest
 from hope_jax.training.sources import parse_sources, read_pieces
 from hope_jax.training.vocabulary import load_vocabulary
 
