@@ -206,9 +206,10 @@ def test_each_host_makes_its_rows_and_one_reads_for_those_that_share_a_cache(cac
     outputs = run([str(table), str(tmp_path)], 2, cache=cache, log=tmp_path / "log", program=program)
     first, second = ([line for line in output.splitlines() if line.startswith("host: ")] for output in outputs)
     assert (first[0], second[0]) == ("host: rows 0 1 2 3", "host: rows 4 5 6 7")
-    read = [[int(line.split()[2]) for line in lines[1:]] for lines in (first, second)]
+    assert first[4] == second[4] == "host: made 8"  # four rows of each of two steps
+    read = [[int(line.split()[2]) for line in lines[1:4]] for lines in (first, second)]
     assert read == [[1, 1, 0], [0, 1, 0]]  # shared, own, and shared once more
-    assert len({line.split()[3] for line in (*first[1:], *second[1:])}) == 1
+    assert len({line.split()[3] for line in (*first[1:4], *second[1:4])}) == 1
     assert {len(list((tmp_path / name).iterdir())) for name in ("shared", "own0", "own1")} == {1}
 
 
