@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -198,7 +199,7 @@ def prepare(cell: LearningOptions) -> Job:
     model = language_model(trained_as)._replace(init=lambda _: params)
     batches = itertools.islice(stream(cell), cell.pretraining, None)
     row = TRAININGS[training] + (f", eta {cell.eta:g}" if training == "meta" else "")
-    return Job(source, "", trained_as, model, batches, cross_entropy, evaluate, cell, row=row)
+    return Job(Path(source).stem, "", trained_as, model, batches, cross_entropy, evaluate, cell, row=row)
 
 
 def scores(cell: LearningOptions, plain: ModelConfig, params: Any, tests_BT: Any) -> Scores:
