@@ -84,7 +84,8 @@ class TransferOptions(Options):
 TINY = TransferOptions(
     what=("memory",),
     chunks=(4,),
-    serve=(4, 8),
+    serve=(8,),
+    overrides=("remat=none",),
     steps=2,
     eval_every=2,
     tune_steps=1,

@@ -97,6 +97,7 @@ class LevelOptions(Options):
 TINY = LevelOptions(
     tasks=("S-NIAH-1",),
     clocks=("16",),
+    overrides=("remat=none",),
     steps=2,
     eval_every=2,
     dim=8,

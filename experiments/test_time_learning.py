@@ -108,7 +108,8 @@ class LearningOptions(Options):
 
 
 TINY = LearningOptions(
-    trainings=("ad_hoc", "window"),
+    trainings=("ad_hoc",),
+    overrides=("remat=none",),
     steps=2,
     pretraining=2,
     eval_every=2,
