@@ -37,7 +37,7 @@ FROM = "bits_from_"  # scores of this name and a place in the context
 ETA = "bits_eta_"  # and an inner learning rate
 GATE, WRITTEN = "bits_gate_", "written_"  # and a gate
 AT, TUNED = "bits_at_", "bits_tuned_"  # and a chunk size
-_RATES = (0.03, 0.1, 0.3, 1.0)
+_RATES = (0.1, 0.3, 1.0, 3.0)
 _GATES = ("first_half", "threshold", "surprise", "budget")
 _CHUNKS = tuple(2**i for i in range(11))
 
@@ -145,7 +145,7 @@ TABLES = {
         note="The paper shows this experiment as a plot only. See plots/context_use_curve.png.",
     ),
     "test_time_learning": Table(
-        title="Bits per byte of the second half of a long text: frozen / learning at the rates 0.03 / 0.1 / 0.3 / 1 / "
+        title="Bits per byte of the second half of a long text: frozen / learning at the rates 0.1 / 0.3 / 1 / 3 / "
         "gates: first half, threshold, surprise, budget / their shares of chunks written, percent",
         scores=(
             "bits_frozen",

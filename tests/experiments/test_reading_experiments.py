@@ -5,6 +5,7 @@ import itertools
 import re
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -53,7 +54,7 @@ def test_all_trainings_go_on_from_pretraining(training, monkeypatch):
     cell = dataclasses.replace(LEARN, trainings=(training,), eta=0.5)
     job = test_time_learning.prepare(cell)
     [(config, shared)] = asked
-    assert job.model.init(None) == "params"
+    assert job.model.init(jax.random.key(0)) == "params"
     assert config.fast_chunks == () and (config.name == "swa") == (training == "window")
     assert job.config.fast_chunks == ((8,) if training == "meta" else ()) and job.row.startswith(
         {"ad_hoc": "ad hoc", "meta": "meta-trained, eta 0.5", "window": "window"}[training]
