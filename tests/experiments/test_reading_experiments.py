@@ -21,7 +21,7 @@ from hope_jax.training.errors import UserError
 from tests.experiments.test_report import record
 
 [LEARN] = cells(dataclasses.replace(test_time_learning.TINY, trainings=("meta",)))
-[TRANSFER] = cells(dataclasses.replace(chunk_transfer.TINY, what=("clock",)))
+[TRANSFER] = cells(dataclasses.replace(chunk_transfer.TINY, what=("clock",), models=("auto",)))
 
 
 def test_cost_is_what_a_count_by_hand_says():
