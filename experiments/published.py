@@ -154,8 +154,8 @@ TABLES = {
             *(f"{WRITTEN}{gate}" for gate in _GATES),
         ),
         best=("bits_frozen",),
-        note="The paper reports no such experiment. A window costs as much per byte as reading and learning. See "
-        "plots/test_time_learning_curve.png, with other rates.",
+        note="The paper reports no such experiment. A window costs as much per byte as reading and learning. A rate "
+        "that no row has is left out, and other rates are in the picture alone (plots/test_time_learning_curve.png).",
     ),
     "chunk_transfer": Table(
         title="Trained at one chunk size, served at others in their order: bits per byte / after some training there",
