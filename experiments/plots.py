@@ -184,11 +184,13 @@ def against_clock(cells: Cells, table: Table) -> Any:
     figure, panels = figure_of(len(columns), width=4)
     for axes, column in zip(panels, columns, strict=True):
         curves: dict[int, list[tuple[int, float]]] = defaultdict(list)
-        for (_, name), bests in cells.items():
+        for (model, name), bests in cells.items():
             for best in bests.values() if name == column else ():
                 clocks = best.records[0].options["clocks"][0].split("-")
                 percent = 100 * best.mean(table.best[0])
-                if clocks == ["none"]:
+                if not best.records[0].options["eta"]:
+                    axes.axhline(percent, linestyle=":", color="grey", label=model)
+                elif clocks == ["none"]:
                     axes.axhline(percent, color="grey", label="1 level")
                 else:
                     curves[len(clocks) + 1].append((int(clocks[-1]), percent))

@@ -155,7 +155,7 @@ def test_needles_are_those_of_their_own_experiment_and_found_by_who_looks_them_u
         ),
         (LevelOptions, {"tasks": ("qa21",)}, "unknown task 'qa21'"),
         (LevelOptions, {"clocks": ("8,32",)}, "clocks are \"none\" or bytes, fastest first, such as 8-32; got '8,32'"),
-        (LevelOptions, {"eta": 0.0}, "eta must be positive; got 0"),
+        (LevelOptions, {"eta": -0.1}, "eta must be at least 0; got -0.1"),
     ],
 )
 def test_what_cannot_be_is_refused(options, changes, message):
@@ -187,7 +187,7 @@ def test_pictures_hold_the_records(tmp_path):
     for one, chunk in zip(moved, (4, 8), strict=True):
         one.options["chunks"] = [chunk]
     for one in levels:
-        one.options["clocks"] = [one.model]
+        one.options.update(clocks=[one.model], eta=0.3)
     found = {"test_time_learning": learned, "chunk_transfer": moved, "levels_and_frequency": levels}
     tables = {name: table_cells(runs, TABLES[name]) for name, runs in found.items()}
 
