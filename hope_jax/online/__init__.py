@@ -7,6 +7,8 @@ from .gates import ema as ema
 from .gates import never as never
 from .gates import parse_gate as parse_gate
 from .gates import threshold as threshold
+from .pool import Owner as Owner
+from .pool import Pool as Pool
 from .report import LevelReport as LevelReport
 from .report import Report as Report
 from .session import Session as Session
