@@ -133,8 +133,7 @@ class Pool:
         stream = self._fresh if session is None else session
         self._check(user, stream)
         slot = free[0]
-        self._fill(slot, self._fresh._state)
-        self._fill(slot, stream._state)
+        self._fill(slot, stream._state)  # all of the slot, whatever was there
         self._generations = tuple(g + (i == slot) for i, g in enumerate(self._generations))
         self._keep({user: Row(slot, self._adopted(stream, self._fresh._state), 0, 0)})
 
