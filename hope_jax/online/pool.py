@@ -49,9 +49,10 @@ class Ahead(NamedTuple):
 class Pool:
     """Sessions of many users that share one model; a call for several of them is one program over all slots.
 
-    A user has one slot from `admit` to `evict`, and what others do never changes a bit of it. A slot is set back to
-    the fresh state when its user leaves, and again before the next one comes. Every call computes all slots, whoever
-    takes part, and nothing is compiled again for other users or longer texts. One thread at a time.
+    A user has one slot from `admit` to `evict`, and what others do there changes nothing for it: the same to the bit
+    as alone in that slot of that pool (tested on CPU), and as a session up to rounding. A slot is set back to the fresh
+    state when its user leaves, and whole again when the next one comes. Every call computes all slots, whoever takes
+    part, and nothing is compiled again for other users or longer texts. One thread at a time.
 
     Memory: `slot_bytes` for every slot, taken or free, twice while a call runs; from the first answer on their
     contexts once more. The parameters are shared.
@@ -116,7 +117,7 @@ class Pool:
 
         Args:
           user: a name that is not in the pool.
-          session: to go on from, with its tokens that training has seen; it stays as it is. None: a fresh one.
+          session: to go on from, `seen` and `run` included; it stays as it is. None: a fresh one.
 
         Raises:
           UserError: the user is in the pool, there is no free slot, or the session has another model, gate or bound.
@@ -239,20 +240,20 @@ class Pool:
         pool = self if learn else copy.copy(self)
         pool._extend(tokens, dict.fromkeys(prompts, learn))
         choices = functools.partial(pool._choose, seeds, _choices(temperature, top_k))
-        return pool._answers(prompts, choices, max_tokens, until, learn and learn_on_generated)
+        places = {user: pool._place(user) for user in prompts}  # now, not when the first piece is asked for
+        return pool._answers(places, choices, max_tokens, until, learn and learn_on_generated)
 
     def _answers(
         self,
-        users: Iterable[str],
+        places: Mapping[str, tuple[int, int] | None],
         choices: Callable[[list[str], int], dict[str, int]],
         max_tokens: int,
         until: str,
         teaches: bool,
     ) -> Iterator[tuple[str, str]]:
-        answers = {user: Answer(self._fresh.vocabulary, until) for user in users}
-        begun = {user: self._place(user) for user in answers}
+        answers = {user: Answer(self._fresh.vocabulary, until) for user in places}
         for i in range(max_tokens):
-            asked = [user for user, one in answers.items() if not one.ended and self._place(user) == begun[user]]
+            asked = [user for user, one in answers.items() if not one.ended and self._place(user) == places[user]]
             chosen = choices(asked, i) if asked else {}
             tokens = {user: token for user, token in chosen.items() if token != self._fresh.vocabulary.end}
             self._extend({user: np.array([token]) for user, token in tokens.items()}, dict.fromkeys(tokens, teaches))

@@ -234,7 +234,7 @@ def test_answers_end_one_by_one(attention):
     """By a text, by eviction, or by length; who is left does not notice."""
     users, prompts = USERS[:3], dict(zip(USERS, ("one", "two", "three"), strict=False))
 
-    def asked(before=0):
+    def asked():
         pool = attention.pool()
         for user in users:
             pool.admit(user)
@@ -255,6 +255,13 @@ def test_answers_end_one_by_one(attention):
     assert evicted and evicted.tokens < 23 and whole["bob"].startswith(texts["bob"].rstrip("�"))
     assert pool.session("bob").tokens == 26
     assert [texts[user] for user in ("ann", "cid")] == [whole[user] for user in ("ann", "cid")]
+
+    pool = asked()
+    pieces = pool.answer(prompts, max_tokens=20)
+    pool.evict("bob")
+    pool.admit("bob")
+    assert not "".join(piece for user, piece in pieces if user == "bob")
+    assert pool.session("bob").tokens == 0
 
     until = whole["ann"][5]
     pool = asked()
