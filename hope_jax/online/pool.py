@@ -13,7 +13,7 @@ from hope_jax.models import ModelConfig
 from hope_jax.online.answer import Answer, check_options
 from hope_jax.online.report import Report, join, summarize
 from hope_jax.online.session import Session
-from hope_jax.online.stream import ChunkReport, Held, Pieces, StreamState, choose, cut
+from hope_jax.online.stream import ChunkReport, Held, Pieces, Stream, StreamState, choose, cut
 from hope_jax.training.errors import UserError
 from hope_jax.training.generate import choose_token
 
@@ -46,13 +46,22 @@ class Ahead(NamedTuple):
     logits_BV: jax.Array  # of what comes next
 
 
+class Programs(NamedTuple):
+    """What all slots go through in one call."""
+
+    advance: Callable[[Any, StreamState, Pieces], tuple[StreamState, ChunkReport]]
+    read_on: Callable[..., Ahead]
+    # (params, state, ahead, starts_B, reads_B, token_B): one more token in the rows that read; those that start do so
+    # from the context after whole chunks
+
+
 class Pool:
     """Sessions of many users that share one model; a call for several of them is one program over all slots.
 
     A user has one slot from `admit` to `evict`, and what others do there changes nothing for it: the same to the bit
     as alone in that slot of that pool (tested on CPU), and as a session up to rounding. A slot is set back to the fresh
-    state when its user leaves, and whole again when the next one comes. Every call computes all slots, whoever takes
-    part, and nothing is compiled again for other users or longer texts. One thread at a time.
+    state when its user leaves, and whole again when the next one comes. Nothing is compiled again for other users or
+    longer texts. One thread at a time.
 
     Memory: `slot_bytes` for every slot, taken or free, twice while a call runs; from the first answer on their
     contexts once more. The parameters are shared.
@@ -61,6 +70,8 @@ class Pool:
       model: the config of the model.
       params: its parameters; they are never changed.
       slots: users at the same time.
+      together: compute all slots at once, whoever takes part, as an accelerator needs it; or one after the other
+        inside the program, only those that take part, which costs a CPU less. None: by the platform.
       options: of `Session`, the same for all.
 
     Raises:
@@ -84,12 +95,15 @@ class Pool:
     Reference: spec 11.6.
     """
 
-    def __init__(self, model: ModelConfig, params: Any, slots: int = 64, **options: Any):
+    def __init__(
+        self, model: ModelConfig, params: Any, slots: int = 64, *, together: bool | None = None, **options: Any
+    ):
         if slots < 1:
             raise UserError(f"a pool has at least one slot; got slots={slots}")
         # Arrays, tuples, dicts and sessions in here are replaced, never written into: a copy is a fork.
         self._fresh = Session(model, params, **options)
         self._stream = self._fresh._stream
+        self._programs = _programs(self._stream, jax.default_backend() != "cpu" if together is None else together)
         self._state: StreamState = self._stream.init(params, slots)
         self._ahead: Ahead | None = None
         self._rows: dict[str, Row] = {}
@@ -288,7 +302,7 @@ class Pool:
                 token_B[row.slot] = row.stream._held.tokens[row.ahead]
             starts_B = self._flags(row.slot for row in waiting.values() if not row.ahead)
             reads_B = self._flags(row.slot for row in waiting.values())
-            ahead = _read_on(self._stream.step, self._fresh.params, self._state, ahead, starts_B, reads_B, token_B)
+            ahead = self._programs.read_on(self._fresh.params, self._state, ahead, starts_B, reads_B, token_B)
             rows |= {user: row._replace(ahead=row.ahead + 1) for user, row in waiting.items()}
         self._ahead, self._rows = ahead, self._rows | rows
         return ahead
@@ -305,7 +319,7 @@ class Pool:
         found: dict[str, tuple[list[ChunkReport], int]] = {user: ([], 0) for user in tokens}
         while counts := {user: n for user, row in rows.items() if (n := row.stream._whole(row.stream._held))}:
             pieces = self._side_by_side({rows[user].slot: (rows[user].stream._held, n) for user, n in counts.items()})
-            state, report_BN = self._stream.advance(self._fresh.params, self._state, pieces)
+            state, report_BN = self._programs.advance(self._fresh.params, self._state, pieces)
             report_BN = jax.tree.map(np.asarray, report_BN)
             rows |= {user: _after(rows[user], n) for user, n in counts.items()}
             full = [user for user in counts if not rows[user].stream._context]
@@ -417,13 +431,34 @@ def _put(tree: Any, row: Any, slot: np.ndarray) -> Any:
     return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, slot, 0), tree, row)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read_on(
-    step: Callable, params: Any, state: StreamState, ahead: Ahead, starts_B: Any, reads_B: Any, token_B: Any
-) -> Ahead:
-    """One more token in the flagged rows; those that start do so from the context after whole chunks."""
-    carry = choose(starts_B, state.nest.carry, ahead.carry)
-    return choose(reads_B, Ahead(*step(params, state.nest.levels, carry, token_B)), Ahead(carry, ahead.logits_BV))
+@functools.cache
+def _programs(stream: Stream, together: bool) -> Programs:
+    def next_token(params: Any, levels: tuple, ahead: Ahead, reads_B: jax.Array, token_B: jax.Array) -> Ahead:
+        if together:
+            return choose(reads_B, Ahead(*stream.step(params, levels, ahead.carry, token_B)), ahead)
+        return jax.lax.cond(
+            reads_B[0], lambda: Ahead(*stream.step(params, levels, ahead.carry, token_B)), lambda: ahead
+        )
+
+    def read_on(params: Any, state: StreamState, ahead: Ahead, starts_B: Any, reads_B: Any, token_B: Any) -> Ahead:
+        ahead = ahead._replace(carry=choose(starts_B, state.nest.carry, ahead.carry))
+        return by_row(next_token)(params, state.nest.levels, ahead, reads_B, token_B)
+
+    by_row = (lambda f: f) if together else _in_turn
+    return Programs(jax.jit(by_row(stream.advance)), jax.jit(read_on))
+
+
+def _in_turn(f: Callable) -> Callable:
+    """`f(params, *rows)`, one row [1, ...] after the other."""
+
+    def each(params: Any, *rows: Any) -> Any:
+        def one(row: Any) -> Any:
+            found = f(params, *jax.tree.map(lambda leaf: leaf[None], row))
+            return jax.tree.map(lambda leaf: leaf[0], found)
+
+        return jax.lax.map(one, rows)
+
+    return each
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.online import Owner, Pool, Session, ema, never
-from hope_jax.online.pool import _choices, _read_on
+from hope_jax.online.pool import _choices
 from hope_jax.training.errors import UserError
 
 SLOTS = 4
@@ -26,23 +26,28 @@ CONFIGS = {
 class Model(NamedTuple):
     config: ModelConfig
     params: Any
+    together: bool = False
 
     def pool(self, slots=SLOTS, **options):
-        return Pool(self.config, self.params, slots, **OPTIONS | options)
+        return Pool(self.config, self.params, slots, together=self.together, **OPTIONS | options)
 
     def session(self, **options):
         return Session(self.config, self.params, **OPTIONS | options)
 
 
-@pytest.fixture(scope="module", params=["attention", pytest.param("linear", marks=pytest.mark.slow)])
-def model(request):
-    config = CONFIGS[request.param]
-    return Model(config, build_lm(config).init(jax.random.key(0)))
+def made(name, together):
+    config = CONFIGS[name]
+    return Model(config, build_lm(config).init(jax.random.key(0)), together)
 
 
-@pytest.fixture(scope="module")
-def attention():
-    return Model(CONFIGS["attention"], build_lm(CONFIGS["attention"]).init(jax.random.key(0)))
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "together"])
+def attention(request):
+    return made("attention", request.param)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "together"])
+def linear(request):
+    return made("linear", request.param)
 
 
 # A script is a list of events: ("admit", user), ("evict", user), ("copy", user), ("observe", {user: (tokens,
@@ -138,7 +143,17 @@ def assert_close(session, other):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nobody_sees_that_there_are_others(model, seed):
+def test_nobody_sees_that_there_are_others(attention, seed):
+    check_that_nobody_sees_others(attention, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 8))
+def test_nobody_sees_that_there_are_others_in_other_memories(linear, seed):
+    check_that_nobody_sees_others(linear, seed)
+
+
+def check_that_nobody_sees_others(model, seed):
     """Alone in the same slots: the same to the bit. As a session: the same up to the order of sums."""
     script = random_script(seed)
     log, sessions, placed = play(model.pool(), script)
@@ -161,8 +176,8 @@ def test_the_scripts_reach_everything():
 
 def test_nothing_is_compiled_again(attention):
     play(attention.pool(), random_script(0))
-    stream = attention.pool()._stream
-    programs = stream.advance, stream.step, stream.new_context, _read_on, _choices(0.8, 0), _choices(0.8, 5)
+    pool = attention.pool()
+    programs = *pool._programs, pool._stream.new_context, _choices(0.8, 0), _choices(0.8, 5)
     before = [program._cache_size() for program in programs]
     play(attention.pool(), random_script(3))
     assert [program._cache_size() for program in programs] == before
