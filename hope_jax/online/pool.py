@@ -420,45 +420,49 @@ def _by_user[T](name: str, value: T | Mapping[str, T], users: Iterable[str]) -> 
 
 
 @jax.jit
-def _take(tree: Any, slot: np.ndarray) -> Any:
+def _take(tree: Any, slot: Any) -> Any:
     """One row [1, ...]."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1), tree)
 
 
 @jax.jit
-def _put(tree: Any, row: Any, slot: np.ndarray) -> Any:
+def _put(tree: Any, row: Any, slot: Any) -> Any:
     """With another row in its slot."""
     return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, slot, 0), tree, row)
 
 
 @functools.cache
 def _programs(stream: Stream, together: bool) -> Programs:
-    def next_token(params: Any, levels: tuple, ahead: Ahead, reads_B: jax.Array, token_B: jax.Array) -> Ahead:
-        if together:
-            return choose(reads_B, Ahead(*stream.step(params, levels, ahead.carry, token_B)), ahead)
-        return jax.lax.cond(
-            reads_B[0], lambda: Ahead(*stream.step(params, levels, ahead.carry, token_B)), lambda: ahead
-        )
+    def next_token(params: Any, ahead: Ahead, state: StreamState, starts_B: Any, token_B: Any) -> Ahead:
+        carry = choose(starts_B, state.nest.carry, ahead.carry)
+        return Ahead(*stream.step(params, state.nest.levels, carry, token_B))
 
     def read_on(params: Any, state: StreamState, ahead: Ahead, starts_B: Any, reads_B: Any, token_B: Any) -> Ahead:
-        ahead = ahead._replace(carry=choose(starts_B, state.nest.carry, ahead.carry))
-        return by_row(next_token)(params, state.nest.levels, ahead, reads_B, token_B)
+        if together:
+            return choose(reads_B, next_token(params, ahead, state, starts_B, token_B), ahead)
+        return _in_turn(functools.partial(next_token, params), reads_B, ahead, (state, starts_B, token_B))
 
-    by_row = (lambda f: f) if together else _in_turn
-    return Programs(jax.jit(by_row(stream.advance)), jax.jit(read_on))
+    def advance(params: Any, state: StreamState, pieces: Pieces) -> tuple[StreamState, ChunkReport]:
+        report_BN = jax.eval_shape(stream.advance, params, state, pieces)[1]
+        empty_BN = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report_BN)
+
+        def one(changing: Any, pieces: Pieces) -> Any:
+            return stream.advance(params, changing[0], pieces)
+
+        return _in_turn(one, pieces.live_BN.any(axis=1), (state, empty_BN), (pieces,))
+
+    return Programs(stream.advance if together else jax.jit(advance), jax.jit(read_on))
 
 
-def _in_turn(f: Callable) -> Callable:
-    """`f(params, *rows)`, one row [1, ...] after the other."""
+def _in_turn[T](f: Callable[..., T], live_B: jax.Array, changing: T, fixed: tuple) -> T:
+    """`f(changing, *fixed)` of one live row [1, ...] after the other; the others cost nothing and stay as they are."""
+    slots_B = jnp.argsort(~live_B)  # live ones first
 
-    def each(params: Any, *rows: Any) -> Any:
-        def one(row: Any) -> Any:
-            found = f(params, *jax.tree.map(lambda leaf: leaf[None], row))
-            return jax.tree.map(lambda leaf: leaf[0], found)
+    def body(i: jax.Array, changing: T) -> T:
+        new = f(_take(changing, slots_B[i]), *_take(fixed, slots_B[i]))
+        return _put(changing, new, slots_B[i])
 
-        return jax.lax.map(one, rows)
-
-    return each
+    return jax.lax.fori_loop(0, live_B.sum(), body, changing)
 
 
 @functools.cache
