@@ -11,6 +11,8 @@ from .gates import parse_gate as parse_gate
 from .gates import threshold as threshold
 from .keeping import from_run as from_run
 from .keeping import open as open
+from .pool import Owner as Owner
+from .pool import Pool as Pool
 from .report import LevelReport as LevelReport
 from .report import Report as Report
 from .session import Session as Session
