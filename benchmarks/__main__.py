@@ -7,16 +7,19 @@ self_modifying  one self-modifying Titans layer, tokens per second
 optimizers      a step of M3, Muon, AdaMuon and AdamW with 10M parameters; bytes of state per parameter
 optimizers_100m the same with 100M parameters: up to half an hour on two cores
 language_model  a training step of Hope against a Transformer with as many parameters; memory by length
+pool            16 users of a pool against 16 sessions one after the other: reading with learning, and answering
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks import language_model, nest, optimizers, self_modifying, titans
+from benchmarks import language_model, nest, optimizers, pool, self_modifying, titans
 from hope_jax.bench.command import Request, run
+from hope_jax.models import ModelConfig
 from hope_jax.training.presets import preset
 from hope_kernels.benchmarking import Timing, machine_line, table, time_side_by_side, write_json
 
@@ -66,6 +69,22 @@ def run_language_model() -> list[Timing]:
     return timings
 
 
+def run_pool(
+    config: ModelConfig | None = None, users: int = 16, read: int = 256, answered: int = 16, repeats: int = 5
+) -> list[Timing]:
+    config = config or replace(preset("tiny").model, cms_chunks=(32, 128), remat="none")
+    reading, answering, texts, size = pool.cases(config, users, read, answered)
+    print(f"pool: {size / 2**20:.2f} MiB of state per user")
+    timings = []
+    for functions, tokens, what in ((reading, read, "read"), (answering, answered, "answered")):
+        case, options = f"{users} users, {tokens} tokens {what}", {"compiled": False, "repeats": repeats}
+        new = time_side_by_side(functions, texts, case=case, base=pool.SESSIONS, **options)
+        for t in new:
+            print(f"{t.case}, {t.implementation}: {users * tokens / t.median:,.0f} tokens/s")
+        timings += new
+    return timings
+
+
 def run_kernels(folder: Path | None) -> None:
     """What `hope bench kernels` does; it prints by itself."""
     request = Request() if folder is None else Request(json=folder / "kernels.json", plot=folder / "kernels.png")
@@ -80,6 +99,7 @@ RUNS = {
     "optimizers": run_optimizers,
     "optimizers_100m": lambda: run_optimizers("100M", 100_000_000, repeats=3),
     "language_model": run_language_model,
+    "pool": run_pool,
 }
 NAMES = (KERNELS, *RUNS)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Best, columns_of, scores_of
-from experiments.published import FROM, Table
+from experiments.published import AT, ETA, FROM, GATE, PREFIXES, TUNED, WRITTEN, Table
 from experiments.training import in_bits
 
 type Cells = Mapping[tuple[str, str], Mapping[str, Best]]
@@ -113,8 +113,118 @@ def against_steps(cells: Cells, table: Table) -> Any:
     return figure
 
 
+def against_width(cells: Cells, table: Table) -> Any:
+    """Bits and recall over the share of a representation that is kept, with the spread of the seeds."""
+    columns = [(kind, column) for column in columns_of(table, cells) for kind in ("bits", "recall")]
+    figure, panels = figure_of(len(columns), width=5)
+    for axes, (kind, column) in zip(panels, columns, strict=True):
+        for (model, name), settings in sorted(cells.items()):
+            for best in settings.values() if name == column else ():
+                values = [best.values(f"{kind}_{share}") for share in PREFIXES if best.has(f"{kind}_{share}")]
+                spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+                shares = PREFIXES[: len(values)]
+                axes.errorbar(shares, list(map(statistics.fmean, values)), spread, fmt="o-", capsize=3, label=model)
+        axes.set(title=column, xlabel="share of the width", ylabel="bits per byte" if kind == "bits" else "recall at 1")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+def against_rate(cells: Cells, table: Table) -> Any:
+    """Bits over the inner learning rate, and over the share of chunks written; two panels per column.
+
+    A dashed line is the frozen model; in the second panel it is the point at 0, and learning at the gates' rate that at
+    100 percent.
+    """
+    columns = columns_of(table, cells)
+    figure, panels = figure_of(2 * len(columns), width=4)
+    for number, column in enumerate(columns):
+        over_rate, over_share = panels[2 * number : 2 * number + 2]
+        rows = sorted(
+            (model, best) for (model, name), bests in cells.items() if name == column for best in bests.values()
+        )
+        for color, (model, best) in enumerate(rows):
+            bits = {score: best.mean(score) for score in best.records[0].scores}
+            rates = sorted((float(score.removeprefix(ETA)), bits[score]) for score in bits if score.startswith(ETA))
+            if not bits:  # the first seed failed
+                continue
+            over_rate.axhline(bits["bits_frozen"], color=f"C{color}", linestyle="--", label=None if rates else model)
+            if rates:
+                over_rate.plot(*zip(*rates, strict=True), "o-", color=f"C{color}", label=model)
+            shares = {"never": (0.0, bits["bits_frozen"])}
+            if (always := f"{ETA}{best.records[0].options.get('eta', 0):g}") in bits:
+                shares["always"] = (100.0, bits[always])
+            for gate in (score.removeprefix(GATE) for score in bits if score.startswith(GATE)):
+                shares[gate] = (100 * bits[WRITTEN + gate], bits[GATE + gate])
+            over_share.plot(*zip(*shares.values(), strict=True), "o", color=f"C{color}", label=model)
+            for name, point in shares.items():
+                over_share.annotate(name.replace("_", " "), point, fontsize=6)
+        over_rate.set(title=column, xlabel="inner learning rate", ylabel="bits per byte, second half", xscale="log")
+        over_share.set(title=column, xlabel="chunks written, percent", ylabel="bits per byte, second half")
+        over_rate.legend(fontsize=7)
+    return figure
+
+
+def matrix(cells: Cells, table: Table) -> Any:
+    """Bits, training chunk by serving chunk: for each column and model a panel, and one after the short training."""
+    found: dict[tuple[str, str], dict[int, Best]] = defaultdict(dict)
+    for (_, column), bests in cells.items():
+        for best in bests.values():
+            first = best.records[0]
+            found[column, first.model.partition(",")[0]][first.options["chunks"][0]] = best
+    del table
+    figure, panels = figure_of(2 * len(found), width=4)
+    for number, ((column, model), by_chunk) in enumerate(sorted(found.items())):
+        trained = sorted(by_chunk)
+        served = sorted(
+            {int(s.removeprefix(AT)) for one in by_chunk.values() for s in one.records[0].scores if s.startswith(AT)}
+        )
+        tables = {kind: [[by_chunk[t].mean(f"{kind}{s}") for s in served] for t in trained] for kind in (AT, TUNED)}
+        low, high = (choose(bits for rows in tables.values() for row in rows for bits in row) for choose in (min, max))
+        for axes, (kind, rows) in zip(panels[2 * number : 2 * number + 2], tables.items(), strict=True):
+            axes.imshow(rows, cmap="viridis_r", vmin=low, vmax=high)
+            for y, row in enumerate(rows):
+                for x, bits in enumerate(row):
+                    axes.text(
+                        x, y, f"{bits:.2f}", ha="center", va="center", color="white" if bits > (low + high) / 2 else "k"
+                    )
+            axes.set_xticks(range(len(served)), served)
+            axes.set_yticks(range(len(trained)), trained)
+            after = "" if kind == AT else ", after a short training there"
+            axes.set(title=f"{model}, {column}{after}", xlabel="chunk in use", ylabel="chunk in training")
+    return figure
+
+
+def against_clock(cells: Cells, table: Table) -> Any:
+    """The score that decides over the slowest clock, a panel per column, a curve per number of levels."""
+    columns = columns_of(table, cells)
+    figure, panels = figure_of(len(columns), width=4)
+    for axes, column in zip(panels, columns, strict=True):
+        curves: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        for (model, name), bests in cells.items():
+            for best in bests.values() if name == column else ():
+                clocks = best.records[0].options["clocks"][0].split("-")
+                percent = 100 * best.mean(table.best[0])
+                if not best.records[0].options["eta"]:
+                    axes.axhline(percent, linestyle=":", color="grey", label=model)
+                elif clocks == ["none"]:
+                    axes.axhline(percent, color="grey", label="1 level")
+                else:
+                    curves[len(clocks) + 1].append((int(clocks[-1]), percent))
+        for levels, points in sorted(curves.items()):
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"{levels} levels")
+        axes.set_xscale("log", base=2)
+        axes.set(title=column, xlabel="slowest clock, bytes", ylabel=f"{table.best[0]}, percent", ylim=(0, 105))
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    return figure
+
+
 CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
+CURVES |= {"matryoshka": {"_width": against_width}}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
+CURVES |= {"test_time_learning": {"_curve": against_rate}, "chunk_transfer": {"_matrix": matrix}}
+CURVES |= {"levels_and_frequency": {"_curve": against_clock}}
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -33,7 +33,14 @@ _LANGUAGES = ("parity", "(aa)*", "(abab)*", "a^n b^n", "a^n b^n c^n", "Shuffle-2
 _MAD = ("compression", "in_context_recall", "fuzzy_recall", "selective_copying", "memorisation")
 _NEEDLES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 _ABLATION = ("text of the paper, perplexity", "reasoning of the paper")
+PREFIXES = ("1/8", "1/4", "1/2", "1")  # of a representation, as a share of its width
 FROM = "bits_from_"  # scores of this name and a place in the context
+ETA = "bits_eta_"  # and an inner learning rate
+GATE, WRITTEN = "bits_gate_", "written_"  # and a gate
+AT, TUNED = "bits_at_", "bits_tuned_"  # and a chunk size
+_RATES = (0.1, 0.3, 1.0, 3.0)
+_GATES = ("first_half", "threshold", "surprise", "budget")
+_CHUNKS = tuple(2**i for i in range(11))
 
 TABLES = {
     "formal_languages": Table(
@@ -137,6 +144,40 @@ TABLES = {
         scores=("bits", f"{FROM}0", *(f"{FROM}{2**i}" for i in range(4, 24))),
         best=("bits",),
         note="The paper shows this experiment as a plot only. See plots/context_use_curve.png.",
+    ),
+    "matryoshka": Table(
+        title="Prefixes of a representation, 1/8 / 1/4 / 1/2 / 1 of its width: bits per byte, then recall of the "
+        "intent at the nearest sentence, percent",
+        scores=(*(f"bits_{share}" for share in PREFIXES), *(f"recall_{share}" for share in PREFIXES)),
+        best=("bits_1",),
+        note="Not an experiment of the paper. See plots/matryoshka_width.png.",
+    ),
+    "test_time_learning": Table(
+        title="Bits per byte of the second half of a long text: frozen / learning at the rates 0.1 / 0.3 / 1 / 3 / "
+        "gates: first half, threshold, surprise, budget / their shares of chunks written, percent",
+        scores=(
+            "bits_frozen",
+            *(f"{ETA}{rate:g}" for rate in _RATES),
+            *(f"{GATE}{gate}" for gate in _GATES),
+            *(f"{WRITTEN}{gate}" for gate in _GATES),
+        ),
+        best=("bits_frozen",),
+        note="The paper reports no such experiment. A window costs as much per byte as reading and learning. A rate "
+        "that no row has is left out, and other rates are in the picture alone (plots/test_time_learning_curve.png).",
+    ),
+    "chunk_transfer": Table(
+        title="Trained at one chunk size, served at others in their order: bits per byte / after some training there",
+        scores=(*(f"{AT}{chunk}" for chunk in _CHUNKS), *(f"{TUNED}{chunk}" for chunk in _CHUNKS)),
+        best=tuple(f"{AT}{chunk}" for chunk in _CHUNKS),
+        note="The paper reports no such experiment. See plots/chunk_transfer_matrix.png.",
+    ),
+    "levels_and_frequency": Table(
+        title="Levels and their slowest clock: values right / characters right, percent",
+        scores=("values", "characters"),
+        best=("values", "characters"),
+        note="The paper shows this experiment as a plot only (Figure 7, a pre-trained language model at 512 to 2K "
+        "tokens): more levels help, a slower slowest level helps, and all are above one level. See "
+        "plots/levels_and_frequency_curve.png.",
     ),
     "mqar": Table(
         title="Multi-query associative recall: accuracy at queries, percent",

@@ -47,10 +47,15 @@ def next_byte(windows_BT: np.ndarray) -> Batch:
     return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], np.ones((len(tokens_BT), tokens_BT.shape[1] - 1), np.float32))
 
 
+def windows(held_out: np.ndarray, *, rows: int, length: int, limit: int) -> list[Batch]:
+    """A text in windows of `length`, in at most `limit` batches spread over it."""
+    batches = eval_batches(held_out, batch=rows, length=length, limit=limit)
+    return [next_byte(batch.tokens)._replace(weights=batch.weights) for batch in batches]
+
+
 def evaluation(model: Model, held_out: np.ndarray, *, rows: int, length: int, limit: int) -> Callable[[Any], Scores]:
     """params -> bits per byte of a text in windows of `length`, in at most `limit` batches spread over it."""
-    batches = list(eval_batches(held_out, batch=rows, length=length, limit=limit))
-    tests = [next_byte(batch.tokens)._replace(weights=batch.weights) for batch in batches]
+    tests = windows(held_out, rows=rows, length=length, limit=limit)
 
     @jax.jit
     def measure(params: Any, batch: Batch) -> jax.Array:

@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     arguments, rest = build_parser().parse_known_args(argv)
-    # argparse takes positionals in one stretch; key=value after an option is left over.
+    # argparse takes positionals in one stretch: those after an option are left over.
+    bare = [word for word in rest if "=" not in word and not word.startswith("-")]
+    if bare and getattr(arguments, "preset", "") is None:
+        arguments.preset = bare[0]
+        rest.remove(bare[0])
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     strangers = [word for word in rest if word not in overrides]
     if strangers or (rest and not hasattr(arguments, "overrides")):

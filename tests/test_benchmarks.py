@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import optimizers
-from benchmarks.__main__ import NAMES, run_optimizers
+from benchmarks import optimizers, pool
+from benchmarks.__main__ import NAMES, run_optimizers, run_pool
+from hope_jax.models import ModelConfig
 from hope_kernels.benchmarking import Timing
 from tests.oracles import compiled
 
@@ -58,3 +59,15 @@ def test_it_is_among_the_names_and_prints_what_it_promises(capsys):
     assert [t.implementation for t in timings] == ["muon", optimizers.BETWEEN, optimizers.AT, "adamuon", "adamw"]
     out = capsys.readouterr().out
     assert "x muon" in out and out.count("bytes of state per parameter") == 4
+
+
+@pytest.mark.slow
+def test_the_pool_and_the_sessions_do_the_same_work(capsys):
+    """Both have read and answered the same tokens; the answers leave no trace."""
+    config = ModelConfig(dim=16, layers=1, memory="linear", cms_hidden=(32, 32), cms_chunks=(8, 32))
+    timings = run_pool(config, users=2, read=20, answered=3, repeats=1)
+    assert [t.implementation for t in timings] == [pool.SESSIONS, pool.POOL] * 2
+    assert "MiB of state per user" in (out := capsys.readouterr().out) and out.count("tokens/s") == 4
+    reading, answering, texts, _ = pool.cases(config, 2, 20, 3)
+    np.testing.assert_allclose(reading[pool.POOL](texts), reading[pool.SESSIONS](texts), rtol=1e-5)
+    assert list(answering[pool.POOL](texts).values()) == answering[pool.SESSIONS](texts)

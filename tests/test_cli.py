@@ -15,6 +15,7 @@ import pytest
 from hope_jax.cli import main
 from hope_jax.models import ModelConfig
 from hope_jax.training.command import sample_lengths
+from hope_jax.training.config import StartConfig, read_config
 from hope_jax.training.errors import RunFailed
 from hope_jax.training.interrupt import Stop
 from hope_jax.training.invocation import command
@@ -83,6 +84,19 @@ def test_help_lists_presets_and_does_not_wait_for_orbax():
     assert done.stdout.endswith("[]\n")
 
 
+@pytest.mark.slow
+def test_a_run_begins_from_another_and_is_continued(run_dir, tmp_path, capsys):
+    words = ["train", "--from", str(run_dir), "start.momentum=reset", "--run", str(tmp_path / "new")]
+    assert main([*words, "steps=1", "--auto-resume"]) == 0
+    assert f"begins from {run_dir} at step 3, its momenta start again\n" in capsys.readouterr().out
+    assert main([*words, "steps=2", "--auto-resume"]) == 0
+    assert "begins from" not in capsys.readouterr().out
+    config = read_config(tmp_path / "new")
+    assert (config.steps, config.decay_steps, config.start) == (2, 1, StartConfig(str(run_dir), "reset"))
+    words[2] = str(tmp_path / "other")
+    assert f"start.run: {run_dir} there, {tmp_path}/other here" in fails(capsys, *words, "--resume")
+
+
 def test_a_mistake_has_status_2_and_no_traceback():
     done = hope("train", "tniy")
     assert done.returncode == 2 and done.stdout == ""
@@ -94,7 +108,14 @@ def test_a_mistake_has_status_2_and_no_traceback():
     [
         ([], "required"),
         (["trian", "tiny"], "'train'"),
-        (["train"], "preset"),
+        (["train"], "give a preset, one of tiny, "),
+        (["train", "--run", "/nowhere/run", "tniy"], "did you mean 'tiny'"),
+        (["train", "tiny", "--add-level"], "give that with --from RUN"),
+        (["train", "tiny", "--from", "/nowhere/run"], "leave out the preset tiny"),
+        (["train", "data=x", "--from", "/nowhere/run"], "give it with --run DIR"),
+        (["train", "--from", "/nowhere/run", "data=x", "--run", "/nowhere/new"], "/nowhere/run is not a run directory"),
+        (["train", "tiny", "start.momentum=reset"], "give start.run=RUN"),
+        (["train", "tiny", "start.run=/nowhere/run", "--versus", "transformer"], "leave --versus out"),
         (["train", "tiny", "stps=3"], "did you mean 'steps'"),
         (["train", "tiny", "--run", "x", "stps=3"], "did you mean 'steps'"),
         (["train", "tiny", "steps=many"], "steps=many: expected a whole number"),

@@ -1,4 +1,4 @@
-"""Direction of dependency: jax -> hope_kernels -> hope_jax -> hope_jax.models -> hope_jax.training."""
+"""Direction of dependency: jax -> hope_kernels -> hope_jax -> its models -> training -> online."""
 
 import ast
 import json
@@ -11,8 +11,9 @@ import pytest
 
 CHAIN = {
     "hope_kernels": {"hope_jax", "flax", "optax", "orbax", "datasets", "grain"},
-    "hope_jax": {"hope_jax.models", "hope_jax.training", "flax", "orbax", "datasets", "grain"},
-    "hope_jax.models": {"hope_jax.training", "orbax", "datasets", "grain"},
+    "hope_jax": {"hope_jax.models", "hope_jax.training", "hope_jax.online", "flax", "orbax", "datasets", "grain"},
+    "hope_jax.models": {"hope_jax.training", "hope_jax.online", "orbax", "datasets", "grain"},
+    "hope_jax.online": {"orbax", "datasets", "grain", "fastapi", "experiments"},
 }
 
 
@@ -38,9 +39,10 @@ FLAX = {"flax"}
 TRAINING = {"orbax", "datasets", "grain", "rich", "matplotlib", "yaml", "tensorboardX", "tokenizers"}
 SOURCES = {
     "kernels/hope_kernels": {"hope_jax", "experiments", "optax"} | FLAX | TRAINING,
-    "hope_jax": {"hope_jax.models", "hope_jax.training", "experiments"} | FLAX | TRAINING,
-    "hope_jax/models": {"hope_jax.training", "experiments"} | TRAINING,
-    "hope_jax/training": {"experiments"},
+    "hope_jax": {"hope_jax.models", "hope_jax.training", "hope_jax.online", "experiments"} | FLAX | TRAINING,
+    "hope_jax/models": {"hope_jax.training", "hope_jax.online", "experiments"} | TRAINING,
+    "hope_jax/training": {"hope_jax.online", "experiments"},
+    "hope_jax/online": {"experiments"},
 }
 
 

@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     plot.add_argument("--out", type=Path, default=Path("runs.png"), metavar="FILE", help="default: runs.png")
     plot.add_argument("--x", choices=["steps", "tokens", "time"], default="steps", help="over what (default: steps)")
+    plot.add_argument("--levels", action="store_true", help="gradients of the CMS levels in the place of losses")
     plot.set_defaults(function=_plot)
 
     data = commands.add_parser(
@@ -54,7 +55,7 @@ def _plot(arguments: argparse.Namespace, argv: list[str]) -> int:
     del argv
     from hope_jax.training.plots import plot_runs
 
-    print(plot_runs(arguments.runs, arguments.out, arguments.x))
+    print(plot_runs(arguments.runs, arguments.out, arguments.x, levels=arguments.levels))
     return 0
 
 

@@ -58,7 +58,9 @@ def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.
 def _learn(arguments: argparse.Namespace, argv: list[str]) -> int:
     del argv
     from hope_jax.online.learn import learn_file
+    from hope_jax.training.cache import keep_compiled
 
+    keep_compiled()
     learn_file(arguments.run, arguments.session, arguments.data, arguments.overrides)
     return 0
 
@@ -66,7 +68,9 @@ def _learn(arguments: argparse.Namespace, argv: list[str]) -> int:
 def _chat(arguments: argparse.Namespace, argv: list[str]) -> int:
     del argv
     from hope_jax.online.chat import chat
+    from hope_jax.training.cache import keep_compiled
 
+    keep_compiled()
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     chat(arguments.run, arguments.session, arguments.overrides, **options)
     return 0
@@ -78,6 +82,9 @@ def _serve(arguments: argparse.Namespace, argv: list[str]) -> int:
         from hope_jax.online.serve import serve
     except ModuleNotFoundError as error:
         raise UserError(f"hope serve needs {error.name}; install it with: pip install 'hope-jax[serve]'") from error
+    from hope_jax.training.cache import keep_compiled
+
+    keep_compiled()
     serve(
         arguments.run,
         arguments.overrides,

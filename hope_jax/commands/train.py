@@ -1,15 +1,24 @@
 """`hope train`."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hope_jax.commands import Commands
-from hope_jax.training.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from hope_jax.training.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from hope_jax.training.invocation import command
 from hope_jax.training.presets import PRESETS, describe_presets, preset
 
-_OVERRIDES = "key=value changes the preset; a wrong key lists them all."
+if TYPE_CHECKING:
+    from hope_jax.training.config import TrainConfig
+
+_OVERRIDES = """key=value changes the preset; a wrong key lists them all.
+
+a run that begins from another (its momenta go on, unless start.momentum=reset; its config is kept but for key=value):
+  hope train --from runs/tiny data=FILE --run runs/more
+  hope train --from runs/tiny --add-level --run runs/deeper"""
 _STATUS = f"""exit status:
   0 done    1 the run failed    2 a mistake in the command    130 interrupted (Ctrl-C), saved
   {EXIT_PREEMPTED} preempted (SIGTERM), saved: start the same command again, with --auto-resume
@@ -27,12 +36,20 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    train.add_argument("preset", help="one of " + ", ".join(PRESETS))
+    train.add_argument("preset", nargs="?", help="one of " + ", ".join(PRESETS) + "; none with --from")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example model=transformer data=FILE")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/PRESET)")
+    train.add_argument(
+        "--from", type=Path, dest="origin", metavar="RUN", help="begin from another run, with its config and parameters"
+    )
+    train.add_argument("--add-level", action="store_true", help="with --from: put a fast CMS level in front")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in the directory")
-    existing.add_argument("--auto-resume", action="store_true", help="continue the run if there is one, else start it")
+    existing.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="continue the run if there is one, else start it; saves after its first step too",
+    )
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the directory")
     train.add_argument("--versus", metavar="MODEL", help="also train another architecture with as many parameters")
     train.add_argument("--profile", metavar="FIRST:LAST", help="write an xprof trace of these steps to RUN/profile")
@@ -40,7 +57,10 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
-    base = preset(arguments.preset)
+    overrides = list(arguments.overrides)
+    if arguments.preset is not None and "=" in arguments.preset:
+        overrides, arguments.preset = [arguments.preset, *overrides], None
+    base, run_dir = _base(arguments)
 
     from hope_jax.training.command import run_training
     from hope_jax.training.interrupt import Stop
@@ -50,8 +70,8 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     words = (word for word in argv if word not in ("--resume", "--auto-resume", "--overwrite"))
     again = command(*_without_profile(words), "--resume")
     stop = run_training(
-        apply_overrides(base, arguments.overrides),
-        arguments.run or Path("runs") / arguments.preset,
+        apply_overrides(base, overrides),
+        run_dir,
         resume=None if arguments.auto_resume else arguments.resume,
         overwrite=arguments.overwrite,
         versus=arguments.versus,
@@ -59,6 +79,30 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
         again=again,
     )
     return {Stop.NO: 0, Stop.INTERRUPTED: EXIT_INTERRUPTED, Stop.PREEMPTED: EXIT_PREEMPTED}[stop]
+
+
+def _base(arguments: argparse.Namespace) -> "tuple[TrainConfig, Path]":
+    """What is changed by key=value, and the run directory."""
+    there, run_dir = arguments.origin, arguments.run
+    if there is None:
+        if arguments.preset is None:
+            raise UserError(f"give a preset, one of {', '.join(PRESETS)}, or --from RUN")
+        if arguments.add_level:
+            raise UserError("--add-level puts a level in front of those of another run; give that with --from RUN")
+        return preset(arguments.preset), run_dir or Path("runs") / arguments.preset
+    if arguments.preset is not None:
+        raise UserError(f"--from {there} takes the config of that run; leave out the preset {arguments.preset}")
+    if run_dir is None:
+        raise UserError(f"a run that begins from {there} needs a place of its own; give it with --run DIR")
+
+    from hope_jax.training.config import read_config
+    from hope_jax.training.origin import config_from
+    from hope_jax.training.run_dir import holds_run
+
+    if (arguments.resume or arguments.auto_resume) and holds_run(run_dir):
+        own = read_config(run_dir)  # what it began from may have changed, or be gone
+        return dataclasses.replace(own, start=dataclasses.replace(own.start, run=str(there))), run_dir
+    return config_from(there, add_level=arguments.add_level), run_dir
 
 
 def _without_profile(words: Iterable[str]) -> list[str]:

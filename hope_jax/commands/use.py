@@ -41,7 +41,9 @@ def _generate(arguments: argparse.Namespace, argv: list[str]) -> int:
         pieces = generate_text(arguments.run, arguments.prompt, max_bytes=arguments.max_bytes, **sampling)
     else:
         from hope_jax.online.learn import answer_from
+        from hope_jax.training.cache import keep_compiled
 
+        keep_compiled()
         check_sampling(arguments.max_bytes, **sampling)
         pieces = answer_from(
             arguments.run, arguments.session, arguments.prompt, max_tokens=arguments.max_bytes, **sampling

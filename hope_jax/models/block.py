@@ -21,10 +21,7 @@ class Block(nnx.Module):
         self.mixer_norm = RMSNorm(config.dim, epsilon=norm_eps)
         self.mixer = make_mixer(config, rngs)
         if config.has_cms:
-            independent = config.cms_variant == "independent"
-            self.cms = CMSChain(
-                config.dim, config.cms_hidden, out_gain=out_gain, independent=independent, norm_eps=norm_eps, rngs=rngs
-            )
+            self.cms = build_chain(config, rngs)
         else:
             self.mlp = SwiGLU(config.dim, config.mlp_width, out_gain=out_gain, norm_eps=norm_eps, rngs=rngs)
 
@@ -35,9 +32,19 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, state: Any, *, phase: int | None, mask_BT: jax.Array | None
     ) -> tuple[Any, jax.Array]:
+        state, x_BTD = self.mix(x_BTD, state, phase=phase, mask_BT=mask_BT)
+        return state, self.channel(x_BTD)
+
+    def mix(
+        self, x_BTD: jax.Array, state: Any, *, phase: int | None, mask_BT: jax.Array | None
+    ) -> tuple[Any, jax.Array]:
+        """The part over time."""
         state, y_BTD = self.mixer(self.mixer_norm(x_BTD), state, phase=phase, mask_BT=mask_BT)
-        x_BTD = x_BTD + y_BTD
-        return state, self.mlp(x_BTD) if hasattr(self, "mlp") else self.cms(x_BTD)
+        return state, x_BTD + y_BTD
+
+    def channel(self, x_BTD: jax.Array) -> jax.Array:
+        """The part for each token."""
+        return self.mlp(x_BTD) if hasattr(self, "mlp") else self.cms(x_BTD)
 
 
 class HybridBlock(nnx.Module):
@@ -63,6 +70,18 @@ class HybridBlock(nnx.Module):
 
     def _blocks(self) -> list[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.depth)]
+
+
+def build_chain(config: ModelConfig, rngs: nnx.Rngs) -> CMSChain:
+    """The CMS levels of one block."""
+    return CMSChain(
+        config.dim,
+        config.cms_hidden,
+        out_gain=config.out_gain,
+        independent=config.cms_variant == "independent",
+        norm_eps=config.norm_eps,
+        rngs=rngs,
+    )
 
 
 def build_block(config: ModelConfig, rngs: nnx.Rngs) -> Block | HybridBlock:

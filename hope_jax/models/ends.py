@@ -30,10 +30,19 @@ class Ends(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits in at least float32, whatever the compute dtype."""
-        x_BTD = self.final_norm(x_BTD)
-        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        return self._read(self.final_norm(x_BTD))
+
+    def prefixes(self, x_BTD: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The representation [B, T, D] that the head reads, and the logits of its first channels, for each width."""
+        h_BTD = self.final_norm(x_BTD)
+        return h_BTD, tuple(self._read(h_BTD, width) for width in widths)
+
+    def _read(self, h_BTD: jax.Array, width: int | None = None) -> jax.Array:
+        """The head on the first `width` channels; None: on all."""
+        wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+        h_BTD = h_BTD[..., :width]
         if self.tied:
-            weight_VD = self.embedding[...].astype(x_BTD.dtype)
-            return jnp.einsum("btd,vd->btv", x_BTD, weight_VD, preferred_element_type=wide)
-        weight_DV = self.head[...].astype(x_BTD.dtype)
-        return jnp.einsum("btd,dv->btv", x_BTD, weight_DV, preferred_element_type=wide)
+            weight_VD = self.embedding[...][:, :width].astype(h_BTD.dtype)
+            return jnp.einsum("btd,vd->btv", h_BTD, weight_VD, preferred_element_type=wide)
+        weight_DV = self.head[...][:width].astype(h_BTD.dtype)
+        return jnp.einsum("btd,dv->btv", h_BTD, weight_DV, preferred_element_type=wide)

@@ -35,11 +35,12 @@ class LM(NamedTuple):
     reset: Callable[[Params, Any, jax.Array], Any]
 
 
-def skeleton(config: ModelConfig) -> LM:
+def skeleton(config: ModelConfig, prefixes: tuple[int, ...] = ()) -> LM:
     """A model whose CMS levels all read the weights in `params`.
 
     Args:
       config: any `ModelConfig`; its `cms_chunks` are not looked at here (see `fast_levels`).
+      prefixes: widths; with them `apply` returns `Ends.prefixes` in the place of logits (see `matryoshka`).
 
     Returns:
       `LM(init, init_state, apply, reset)`.
@@ -75,6 +76,8 @@ def skeleton(config: ModelConfig) -> LM:
 
         x_BTD = between_layers(ends(rest, tokens_BT, method="embed"))
         x_BTD, state = jax.lax.scan(body, x_BTD, (params["blocks"], _swap(state)))
+        if prefixes:
+            return _swap(state), ends(rest, x_BTD, method="prefixes", widths=prefixes)
         return _swap(state), ends(rest, x_BTD, method="logits")
 
     return LM(init, init_state, apply, reset_rows(init_state))

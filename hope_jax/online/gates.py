@@ -88,8 +88,8 @@ def ema(ratio: float = 1.0, decay: float = 0.95) -> Gate:
 def budget(share: float, rate: float = 0.1) -> Gate:
     """The most surprising chunks, and never more than `share` of those read so far, rounded up.
 
-    The bar follows the (1 - share) quantile of the surprise: it rises by `rate` (1 - share) nats with a chunk above it
-    and falls by `rate` `share` with one below.
+    The bar starts at the first chunk and follows the (1 - share) quantile of the surprise: it rises by `rate`
+    (1 - share) nats with a chunk above it and falls by `rate` `share` with one below.
 
     Raises:
       ValueError: a share outside [0, 1].
@@ -108,7 +108,8 @@ def budget(share: float, rate: float = 0.1) -> Gate:
 
     def update(state: tuple[jax.Array, jax.Array, jax.Array], surprise: jax.Array):
         read, written, bar = state
-        above = surprise > bar
+        bar = jnp.where(read == 0, surprise, bar)
+        above = surprise >= bar
         write = above & (written < jnp.ceil(share * (read + 1)))
         return (read + 1, written + write, bar + rate * (above - share)), write
 

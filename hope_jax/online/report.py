@@ -1,8 +1,10 @@
 """What a session says about what it has read."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from hope_jax.online.stream import ChunkReport
@@ -58,6 +60,34 @@ class Report(NamedTuple):
             f"{self.before:.3f} -> {self.after:.3f} nats/token" if self.levels else f"{self.before:.3f} nats/token"
         )
         return f"{self.tokens} tokens, {learned}" + (f"; {levels}" if levels else "")
+
+
+def join(reports: Sequence[ChunkReport], size: int, depth: int) -> ChunkReport:
+    """The reports [chunks, ...] of several calls, or of none, after each other.
+
+    Args:
+      reports: of a session's calls.
+      size: tokens of a chunk.
+      depth: levels that learn.
+
+    Example:
+      >>> join([], 8, 2).fired.shape
+      (0, 2)
+    """
+    number, flag = np.zeros(0, np.float32), np.zeros(0, bool)
+    levels = np.zeros((0, depth), np.float32)
+    none = ChunkReport(
+        losses=np.zeros((0, size), np.float32),
+        before=number,
+        after=number,
+        wrote=flag,
+        rolled_back=flag,
+        fired=levels.astype(bool),
+        step=levels,
+        gradient=levels,
+        moved=levels,
+    )
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), none, *reports)
 
 
 def summarize(

@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.models import ModelConfig
+from hope_jax.online.answer import Answer, check_options
 from hope_jax.online.fingerprint import fingerprint
 from hope_jax.online.gates import Gate, always
-from hope_jax.online.report import Report, summarize
+from hope_jax.online.report import Report, join, summarize
 from hope_jax.online.stream import ChunkReport, Held, StreamState, build_stream, cut
 from hope_jax.training.errors import UserError
-from hope_jax.training.generate import choose_token, token_pieces
+from hope_jax.training.generate import choose_token
 from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
 
 type Text = str | bytes | Sequence[int] | np.ndarray  # text, bytes or tokens
@@ -95,6 +96,11 @@ class Session:
         self._held = Held(np.zeros(0, np.int32), np.zeros(0, bool))
         self._read = 0  # tokens in whole chunks
         self._context = 0  # of them, those since the context began
+        if self._room(0) < self.chunk_size:
+            raise UserError(
+                f"the attention cache holds max_length={model.max_length} tokens, fewer than a chunk of "
+                f"{self._stream.size}; raise max_length or shorten the chunks"
+            )
         self._ahead: tuple[Any, jax.Array, int] | None = None  # carry and logits after so many of the held tokens
         self._seen = np.isin(np.arange(model.vocab_size), seen) if seen is not None else np.ones(model.vocab_size, bool)
 
@@ -114,7 +120,7 @@ class Session:
         Raises:
           UserError: tokens that the model does not have, or text that its tokenizer cannot read.
         """
-        tokens = self._encode(text)
+        tokens = self.encode(text)
         reports, new_contexts = [], 0
         for begin in range(0, len(tokens), self._block):
             block = tokens[begin : begin + self._block]
@@ -130,7 +136,7 @@ class Session:
         Raises:
           UserError: as `observe`, and text without a token to predict.
         """
-        tokens = self._encode(text)
+        tokens = self.encode(text)
         fork, first = self.fork(), max(self.tokens, 1)
         if self.tokens + len(tokens) <= first:
             raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
@@ -172,19 +178,12 @@ class Session:
         Raises:
           UserError: a value out of range, or as `observe`.
         """
-        if max_tokens < 1 or temperature < 0 or top_k < 0:
-            raise UserError(
-                f"max_tokens must be at least 1, temperature and top_k at least 0; "
-                f"got {max_tokens}, {temperature}, {top_k}"
-            )
+        check_options(max_tokens, temperature, top_k)
         session = self if learn else self.fork()
-        tokens = self._encode(prompt)
-        if not len(tokens) and not session.tokens:
-            tokens = self._encode("\n")
+        tokens = self._prompt(prompt)
         session._extend(tokens, np.full(len(tokens), learn))
         values = session._tokens_of_answer(max_tokens, temperature, top_k, seed, learn and learn_on_generated)
-        pieces = token_pieces(values, self.vocabulary)
-        return _until(pieces, until) if until else pieces
+        return Answer(self.vocabulary, until).pieces(values)
 
     def _tokens_of_answer(
         self, max_tokens: int, temperature: float, top_k: int, seed: int, teaches: bool
@@ -212,14 +211,10 @@ class Session:
         Raises:
           UserError: there is no such level.
         """
-        depth = len(self.clocks)
-        names = {f"level_{i}": i for i in range(depth)} | {str(i): i for i in range(depth)}
-        if depth:
-            names[FAST] = 0
-        known = [*dict.fromkeys(names), CONTEXT, ALL]
-        if str(level) not in known:
-            raise UserError(f"nothing called {level!r} to forget; this session has {', '.join(known)}")
-        chosen = range(depth) if level == ALL else () if level == CONTEXT else (names[str(level)],)
+        if level in (CONTEXT, ALL):
+            chosen = range(len(self.clocks)) if level == ALL else ()
+        else:
+            chosen = (self.level_index(level),)
         state = self._state
         for i in chosen:
             state = self._stream.forget(self.params, state, ONE, i)
@@ -268,6 +263,33 @@ class Session:
         known = self.file[1] if self.file and self.file[0] == path else None
         self.file = path, write_session(path, content_of(self), known=known, overwrite=overwrite)
 
+    def level_index(self, level: str | int) -> int:
+        """The number of a level that is called "fast", "level_0" or 0.
+
+        Raises:
+          UserError: there is no such level.
+        """
+        depth = len(self.clocks)
+        names = {FAST: 0} if depth else {}
+        names |= {f"level_{i}": i for i in range(depth)} | {str(i): i for i in range(depth)}
+        if str(level) not in names:
+            known = ", ".join([*names, CONTEXT, ALL])
+            raise UserError(f"nothing is called {level!r} in this session; it has {known}")
+        return names[str(level)]
+
+    def weights(self) -> tuple[Any, ...]:
+        """What each level holds, fastest first: the matrices that read, [layers, ...]."""
+        return jax.tree.map(lambda leaf: leaf[0], self._stream.weights(self._state.nest.levels))
+
+    def of_params(self, params: Any) -> "Session":
+        """A session that has read nothing, of other parameters of the same model, with the same options."""
+        made = copy.copy(self)
+        made.__dict__.pop("base", None)
+        made.params, made.file, made.run, made._ahead = params, None, "", None
+        made._state = made.fresh_state()
+        made._held, made._read, made._context = Held(np.zeros(0, np.int32), np.zeros(0, bool)), 0, 0
+        return made
+
     def diff(self, other: "Session") -> dict[str, float]:
         """How far the levels of two sessions of one model are apart, over the norm of their start weights.
 
@@ -276,10 +298,8 @@ class Session:
         """
         if self.model != other.model or (self.params is not other.params and self.base != other.base):
             raise UserError("these are sessions of two different models; there is nothing to compare")
-        weights = self._stream.weights
-        start = weights(self.fresh_state().nest.levels)
-        mine, theirs = weights(self._state.nest.levels), weights(other._state.nest.levels)
-        apart = jax.tree.map(jnp.subtract, mine, theirs)
+        start = self._stream.weights(self.fresh_state().nest.levels)
+        apart = jax.tree.map(jnp.subtract, self.weights(), other.weights())
         return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
 
     def digest(self) -> str:
@@ -308,13 +328,16 @@ class Session:
     def _block(self) -> int:
         return self._stream.chunks * self._stream.size
 
-    def _encode(self, text: Text) -> np.ndarray:
+    def encode(self, text: Text) -> np.ndarray:
+        """The tokens of a text.
+
+        Raises:
+          UserError: tokens that the model does not have.
+        """
         if isinstance(text, bytes):
-            if self.vocabulary.name == BYTES:
-                return np.frombuffer(text, np.uint8)
-            text = text.decode("utf-8", "replace")
+            text = np.frombuffer(text, np.uint8) if self.vocabulary.name == BYTES else text.decode("utf-8", "replace")
         if isinstance(text, str):
-            return self.vocabulary.encode([text])[0]
+            text = self.vocabulary.encode([text])[0]
         tokens = np.asarray(text)
         if not tokens.size:
             return tokens.astype(np.int32).reshape(-1)
@@ -324,30 +347,47 @@ class Session:
             raise UserError(f"tokens are 0 to {self.model.vocab_size - 1}; got {tokens.min()} to {tokens.max()}")
         return tokens
 
+    def _prompt(self, prompt: str) -> np.ndarray:
+        """Its tokens; a line end where a stream would begin with nothing."""
+        tokens = self.encode(prompt)
+        return tokens if len(tokens) or self.tokens else self.encode("\n")
+
     def _extend(self, tokens: np.ndarray, teaches: np.ndarray) -> tuple[list[ChunkReport], int]:
         """Appends to the stream; chunks that are complete are read and written."""
-        if len(tokens):
-            self._seen = self._seen | np.isin(np.arange(self.model.vocab_size), tokens)
-        held = Held(
-            np.concatenate([self._held.tokens, tokens.astype(np.int32)]),
-            np.concatenate([self._held.teaches, teaches]),
-        )
-        size, reports, new_contexts = self.chunk_size, [], 0
-        while len(held.tokens) > size:
-            fitting = self._room(self._context) // size
-            count = min((len(held.tokens) - 1) // size, self._stream.chunks, fitting)
-            pieces = cut(held, count, size, self._stream.chunks)
+        held, reports, new_contexts = self._with(tokens, teaches), [], 0
+        while count := self._whole(held):
+            pieces = cut(held, count, self.chunk_size, self._stream.chunks)
             state, report = self._stream.advance(self.params, self._state, pieces)
             reports.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[0, :count], report))
-            done, held = count * size, Held(*(leaf[count * size :] for leaf in held))
-            context = self._context + done
-            if self._room(context) < size:
-                state, context, new_contexts = self._stream.new_context(self.params, state, ONE), 0, new_contexts + 1
+            held, read, context = self._after(held, count)
+            if not context:
+                state, new_contexts = self._stream.new_context(self.params, state, ONE), new_contexts + 1
             # Together: an interrupt between two calls leaves a session that goes on.
-            self._state, self._held, self._read, self._context = state, held, self._read + done, context
+            self._state, self._held, self._read, self._context = state, held, read, context
             self._ahead = None
         self._held = held
         return reports, new_contexts
+
+    def _with(self, tokens: np.ndarray, teaches: np.ndarray) -> Held:
+        """What is held and these tokens, which may be generated from now on."""
+        if not self._seen[tokens].all():
+            self._seen = self._seen | np.isin(np.arange(self.model.vocab_size), tokens)
+        return Held(
+            np.concatenate([self._held.tokens, tokens.astype(np.int32)]),
+            np.concatenate([self._held.teaches, teaches]),
+        )
+
+    def _whole(self, held: Held) -> int:
+        """Chunks for the next call: those that are whole, as far as call and context have room."""
+        size = self.chunk_size
+        return min(max(0, len(held.tokens) - 1) // size, self._stream.chunks, self._room(self._context) // size)
+
+    def _after(self, held: Held, count: int) -> tuple[Held, int, int]:
+        """What is held, read and in the context after so many chunks; 0 in the context: it is full and begins again."""
+        done = count * self.chunk_size
+        context = self._context + done
+        context = context if self._room(context) >= self.chunk_size else 0
+        return Held(*(leaf[done:] for leaf in held)), self._read + done, context
 
     def _room(self, context: int) -> int:
         """Tokens for which a context of this length still has room."""
@@ -376,18 +416,8 @@ class Session:
         return np.asarray(losses, np.float32)
 
     def _report(self, reports: list[ChunkReport], tokens: int, new_contexts: int) -> Report:
-        if reports:
-            chunks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *reports)
-        else:
-            shapes = jax.eval_shape(
-                self._stream.advance,
-                self.params,
-                self._state,
-                cut(self._held, 0, self._stream.size, self._stream.chunks),
-            )[1]
-            chunks = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[2:]), leaf.dtype), shapes)
         return summarize(
-            chunks,
+            join(reports, self.chunk_size, len(self.clocks)),
             tokens=tokens,
             held=len(self._held.tokens),
             written=int(self._state.nest.phase[0]) * self._stream.size,
@@ -404,20 +434,6 @@ def _choice(temperature: float, top_k: int) -> Callable[[jax.Array, jax.Array, n
         return choose_token(logits_V, key, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
 
     return jax.jit(choose)
-
-
-def _until(pieces: Iterable[str], end: str) -> Iterator[str]:
-    """The pieces before a text; what may be its beginning waits until it is not."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if end in held:
-            yield held[: held.index(end)]
-            return
-        sure = max(0, len(held) - len(end) + 1)
-        yield held[:sure]
-        held = held[sure:]
-    yield held
 
 
 def _norm(tree: Any) -> float:

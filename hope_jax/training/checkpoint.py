@@ -4,15 +4,17 @@
 config and the corpus, and what wrote it. Everything random in a run is a function of (seed, step), so no
 generator state is stored.
 
-A save runs beside the steps that follow it. It writes into <step>.orbax-checkpoint-tmp, then the checksums of
-what it wrote, and the rename to <step> comes last: a directory with the name of a step is complete. What lies
-on the disk may still be damaged later, so the checksums are compared before a checkpoint is used; one that
-differs is put aside as <step>.damaged and the one before is taken.
+A save runs beside the steps that follow it, unless the config says to wait. It writes into
+<step>.orbax-checkpoint-tmp, then the checksums of what it wrote, and the rename to <step> comes last: a directory
+with the name of a step is complete. What lies on the disk may still be damaged later, so the checksums are compared
+before a checkpoint is used; one that differs is put aside as <step>.damaged and the one before is taken.
 """
 
+import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ CHECKPOINTS = "ckpt"
 DAMAGED = ".damaged"
 TEMPORARY = ".orbax-checkpoint-tmp"
 META = Path("meta") / "metadata"
+STATE = "state"
+FOR_EVER = 2**62  # steps: of them only step 0 is a multiple
 NO_SPACE = ("no space left", "file too large", "disk quota")  # in the messages of the operating system
 REMEDY = "free some space, or lower keep_checkpoints, and continue with --resume"
 
@@ -69,7 +73,8 @@ class Checkpoints:
     Args:
       run_dir: the run directory.
       keep: how many of the latest to keep.
-      keep_every: keep also those whose step this divides, for good; 0 for none.
+      keep_every: keep also those whose step this divides, for good; 0 for none but step 0, which is saved only
+        where a run begins from another.
       read_only: change nothing on the disk: the run may be training, and saving, at this moment.
     """
 
@@ -91,7 +96,7 @@ class Checkpoints:
         else:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                keep_period=keep_every or None,
+                keep_period=keep_every or FOR_EVER,
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
                 cleanup_tmp_directories=True,
             )
@@ -182,6 +187,36 @@ class Checkpoints:
         Raises:
           UserError: there is none, its arrays are not those of this model, or another run saved it.
         """
+        step, meta = self._latest_of(expected)
+        args = self._ocp.args
+        with self._misfit_named(step):
+            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(abstract_state)))
+        self._saved = step
+        # Restored arrays are not reliably donatable; one pass through jit makes them the runtime's own.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), meta
+
+    def restore_part(self, abstract_part: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+        """As `restore`, but only some fields of the state: {"params": ...}."""
+        return self._read_part(self._latest_of(expected)[0], abstract_part)
+
+    def beginning(self, abstract_params: Any) -> Any:
+        """The parameters of step 0, which a run that begins from another keeps; None if they are no longer there."""
+        if self._saving == 0:
+            self.wait()
+        if 0 not in saved_steps(self._run_dir):
+            return None
+        return self._read_part(0, {"params": abstract_params})["params"]
+
+    def _read_part(self, step: int, abstract_part: dict[str, Any]) -> dict[str, Any]:
+        placed = self._ocp.checkpoint_utils.construct_restore_args(abstract_part)
+        wanted = self._ocp.args.PyTreeRestore(abstract_part, restore_args=placed, partial_restore=True)
+        reader = self._ocp.Checkpointer(self._ocp.PyTreeCheckpointHandler())
+        with self._misfit_named(step), contextlib.closing(reader):
+            return reader.restore((self.directory / str(step) / STATE).resolve(), args=wanted)
+
+    def _latest_of(self, expected: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Step and meta of the latest sound checkpoint, if this run saved it."""
         if self.latest_step() is None:
             raise UserError(f"no checkpoint in {self.directory}; train the run first, without --resume")
         step = self._latest_sound_step()
@@ -189,19 +224,18 @@ class Checkpoints:
             raise UserError(self._all_damaged())
         meta = json.loads((self.directory / str(step) / META).read_text())
         self._check_owner(step, meta, expected)
-        args = self._ocp.args
+        return step, meta
+
+    @contextlib.contextmanager
+    def _misfit_named(self, step: int) -> Iterator[None]:
         try:
-            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(abstract_state)))
+            yield
         except (ValueError, KeyError, FileNotFoundError) as error:
             message = str(error).strip().split("\n")[0]
             raise UserError(
                 f"checkpoint {self.directory / str(step)} does not fit this model ({message}); "
                 "it is damaged or from another version: train again, or remove it to use an earlier one"
             ) from error
-        self._saved = step
-        # Restored arrays are not reliably donatable; one pass through jit makes them the runtime's own.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-        return jax.jit(lambda state: state, out_shardings=shardings)(restored["state"]), meta
 
     def check_none_is_damaged(self) -> None:
         """Refuses to begin a run again silently whose checkpoints have all been put aside.

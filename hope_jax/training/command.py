@@ -15,7 +15,7 @@ from hope_jax.training.interrupt import Stop
 from hope_jax.training.loop import Result, train
 from hope_jax.training.overrides import unknown
 from hope_jax.training.profile import Steps
-from hope_jax.training.versus import OTHERS, comparison, opponent, train_opponent
+from hope_jax.training.versus import OTHERS, comparable, comparison, train_opponent
 from hope_jax.training.vocabulary import BYTES
 
 SAMPLE_PROMPT_BYTES = 48
@@ -59,7 +59,7 @@ def _train(
     if versus is not None:
         if versus not in OTHERS:
             raise UserError(unknown("model for --versus", versus, list(OTHERS)))
-        opponent(config, versus)  # refuses before hours of training, not after
+        config = comparable(config, versus)  # refuses before hours of training, not after
     console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_primary())
     ours = train(config, run_dir, resume=resume, overwrite=overwrite, console=console, profile=profile)
     if ours.interrupted:
@@ -133,7 +133,6 @@ def _show_sample(result: Result, console: Console) -> None:
         seed=result.config.seed,
         end=vocabulary.end,
     )
-    sample = vocabulary.decode(prompt) + "".join(token_pieces(values, vocabulary))
     console.rule("sample")
-    console.print(sample, markup=False)
+    console.print("".join(token_pieces([*prompt, *values], vocabulary)), markup=False)
     console.rule()

@@ -13,11 +13,11 @@ from typing import Literal
 
 import yaml
 
-from hope_jax.models import ModelConfig, check_sequence_length
+from hope_jax.models import ModelConfig, check_sequence_length, prefix_widths
 from hope_jax.training.errors import UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.invocation import command
-from hope_jax.training.overrides import from_dict, leaves, to_dict
+from hope_jax.training.overrides import from_dict, leaves, one_line, to_dict
 
 CONFIG_FILE = "config.yaml"
 
@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "eval_batches",
     "final_eval_batches",
     "checkpoint_every",
+    "sync_checkpoints",
     "keep_checkpoints",
     "keep_every",
     "stall_seconds",
@@ -67,6 +68,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """What a run begins from (`origin.py`): random parameters, or those of another run."""
+
+    run: str = ""  # the directory of another run; "" draws the parameters
+    momentum: Literal["carry", "reset"] = "carry"  # whether its momenta go on or start again
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a run computes.
 
@@ -76,6 +85,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: str = "embedded"  # or a file, folder, pattern or hub:NAME; several as SOURCE:WEIGHT,SOURCE:WEIGHT
     text_column: str = "text"  # of tables
     tokenizer: str = "bytes"  # or the path of a tokenizers JSON file
@@ -101,10 +111,17 @@ class TrainConfig:
     clip_norm: float = 1.0  # global norm of the gradient
     cms_periods: tuple[int, ...] = ()  # level i of the CMS steps every cms_periods[i] steps; () means every step
 
+    # Weights of the losses of prefixes of the final representation, each half as wide as the next and the last all of
+    # it; () is (1,), the head alone. Evaluations are of the whole.
+    matryoshka: tuple[float, ...] = ()
+
     eval_every: int = 100
     eval_batches: int = 8  # of a microbatch each, in evaluations during training
     final_eval_batches: int = 0  # at the end; 0 reads all of the validation text
     checkpoint_every: int = 200
+    # Wait for each save: a kill then loses at most checkpoint_every steps. A save that runs beside the steps counts
+    # when it is complete, before the next one begins at the latest: a kill may lose up to twice as many.
+    sync_checkpoints: bool = False
     keep_checkpoints: int = 2  # the latest
     keep_every: int = 0  # and for good those of every so many steps; 0 for none
     sample_bytes: int = 300  # of the sample printed at the end
@@ -120,7 +137,12 @@ class TrainConfig:
         _check_not_negative(self, "seed", "warmup_steps", "decay_steps", "final_eval_batches", "sample_bytes")
         _check_not_negative(self, "document_multiple", "keep_every")
         _check_not_negative(self, "final_learning_rate", "weight_decay", "beta1", "beta2", "peak_flops")
+        if not self.start.run and self.start != StartConfig():
+            raise UserError(
+                f"start.momentum={self.start.momentum} is of the run that this begins from; give start.run=RUN"
+            )
         self._check_model()
+        self._check_matryoshka()
         self._check_documents()
         if self.batch_size % self.accumulate:
             raise UserError(
@@ -172,6 +194,18 @@ class TrainConfig:
                 f"seq_len={self.seq_len} does not fit the attention cache of model.max_length="
                 f"{self.model.max_length}; make one smaller or the other larger"
             )
+
+    def _check_matryoshka(self) -> None:
+        weights = self.matryoshka
+        if weights and (min(weights) < 0 or max(weights) == 0):
+            raise UserError(
+                f"matryoshka={weights}: weights are 0 or more and one is above, for example 0.1,0.2,0.3,0.4"
+            )
+        if weights:
+            try:
+                prefix_widths(self.model, len(weights))
+            except ValueError as error:
+                raise UserError(f"matryoshka={weights}: {one_line(error)}") from error
 
     def _check_documents(self) -> None:
         if self.carries and self.model.architecture.cache:
@@ -285,7 +319,10 @@ def read_config(run_dir: Path) -> TrainConfig:
 def config_hash(config: TrainConfig) -> str:
     """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
     config = from_dict(TrainConfig(), to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
-    values = {key: value for key, value in leaves(config).items() if not key.startswith(FREE_ON_RESUME)}
+    left_out = FREE_ON_RESUME  # and what is not there, as before there was such a thing
+    left_out += () if config.start.run else ("start.",)
+    left_out += () if config.matryoshka else ("matryoshka",)
+    values = {key: value for key, value in leaves(config).items() if not key.startswith(left_out)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

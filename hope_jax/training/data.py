@@ -1,8 +1,8 @@
 """Training batches as a pure function of (seed, step): the position of the data is one integer.
 
-Every kind of batches has `batches[step]`, the global batch of a step, and `rows(step, low, high)`, some of its rows.
-The global batch does not depend on the number of hosts, each of which keeps the rows of its devices, and resuming at
-step k needs k and nothing else.
+Every kind of batches has `batches[step]`, the global batch of a step, and `rows(step, which)`, some of its rows. The
+global batch does not depend on the number of hosts, each of which makes the rows of its own devices and no others, and
+resuming at step k needs k and nothing else.
 
 `TrainBatches` cuts the text into windows of `length + 1` tokens that share one (the target of the last position is the
 first token of the next window). An epoch is a random order of the windows and a random starting offset, both drawn
@@ -39,8 +39,8 @@ class Batches(Protocol):
         """The global batch of a step."""
         ...
 
-    def rows(self, step: int, low: int, high: int) -> Any:
-        """Rows low to high of it."""
+    def rows(self, step: int, which: Sequence[int]) -> Any:
+        """Some rows of it, by their number."""
         ...
 
 
@@ -76,11 +76,11 @@ class TrainBatches:
         return sys.maxsize  # epochs follow one another without end
 
     def __getitem__(self, step: int) -> np.ndarray:
-        return self.rows(step, 0, self.batch)
+        return self.rows(step, range(self.batch))
 
-    def rows(self, step: int, low: int, high: int) -> np.ndarray:
-        """Rows low to high of the batch of a step, [high - low, length + 1]."""
-        return np.stack([self.row(step * self.batch + i) for i in range(low, high)])
+    def rows(self, step: int, which: Sequence[int]) -> np.ndarray:
+        """Some rows of the batch of a step, [len(which), length + 1]."""
+        return np.stack([self.row(step * self.batch + i) for i in which])
 
     def row(self, item: int) -> np.ndarray:
         """Window number `item` of the endless stream, [length + 1] uint8."""
@@ -123,11 +123,11 @@ class DocumentBatches:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> Batch:
-        return self.rows(step, 0, self.batch)
+        return self.rows(step, range(self.batch))
 
-    def rows(self, step: int, low: int, high: int) -> Batch:
-        """Rows low to high of the batch of a step."""
-        return stack([self.row(step * self.batch + i) for i in range(low, high)])
+    def rows(self, step: int, which: Sequence[int]) -> Batch:
+        """Some rows of the batch of a step."""
+        return stack([self.row(step * self.batch + i) for i in which])
 
     def row(self, item: int) -> Batch:
         """Window number `item` of the endless stream, without the batch axis."""
@@ -170,11 +170,11 @@ class MixedBatches:
         self._mixed = grain.MapDataset.mix(sources, list(shares))
 
     def __getitem__(self, step: int) -> Any:
-        return self.rows(step, 0, self.batch)
+        return self.rows(step, range(self.batch))
 
-    def rows(self, step: int, low: int, high: int) -> Any:
-        """Rows low to high of the batch of a step."""
-        made: list[Any] = [self._mixed[step * self.batch + i] for i in range(low, high)]
+    def rows(self, step: int, which: Sequence[int]) -> Any:
+        """Some rows of the batch of a step."""
+        made: list[Any] = [self._mixed[step * self.batch + i] for i in which]
         return stack(made) if isinstance(made[0], Batch) else np.stack(made)
 
 
@@ -202,11 +202,11 @@ class LaneBatches:
         self._lane_of_row = [(lanes, i) for lanes in self.lanes for i in range(lanes.lanes)]
 
     def __getitem__(self, step: int) -> Batch:
-        return self.rows(step, 0, self.batch)
+        return self.rows(step, range(self.batch))
 
-    def rows(self, step: int, low: int, high: int) -> Batch:
-        """Rows low to high of the batch of a step."""
-        return stack([lanes.row(step, i) for lanes, i in self._lane_of_row[low:high]])
+    def rows(self, step: int, which: Sequence[int]) -> Batch:
+        """Some rows of the batch of a step."""
+        return stack([lanes.row(step, i) for lanes, i in map(self._lane_of_row.__getitem__, which)])
 
 
 def _apportion(shares: Sequence[float], rows: int) -> list[int]:
@@ -240,17 +240,17 @@ def training_batches(mixture: "Mixture", config: "TrainConfig") -> Batches:
     return parts[0] if len(parts) == 1 else MixedBatches(parts, mixture.shares, batch=config.batch_size)
 
 
-def feed(batches: Batches, start: int, stop: int, rows: tuple[int, int] | None = None) -> Iterator[Any]:
+def feed(batches: Batches, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[Any]:
     """The batches of steps start to stop, read ahead in threads if they lie on the disk.
 
     Args:
       batches: random access to them.
       start, stop: steps; the position of the data is the step and nothing else.
-      rows: (low, high) of this host; None for all.
+      rows: that this host needs; None for all.
     """
 
     def make(step: int) -> Any:
-        return batches[step] if rows is None else batches.rows(step, *rows)
+        return batches[step] if rows is None else batches.rows(step, rows)
 
     if not batches.on_disk:  # a copy of a few kilobytes
         return map(make, range(start, stop))

@@ -10,10 +10,13 @@ import functools
 import glob
 import itertools
 import os
+import shutil
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,6 +156,27 @@ def first_of(text: str | None) -> str | None:
     line = (text or "").encode()[:512].ljust(512)
     lines = [bytes(row).decode(errors="replace").strip() for row in process_allgather(np.frombuffer(line, np.uint8))]
     return next((line for line in lines if line), None)
+
+
+def is_first_at(place: Path) -> bool:
+    """Whether this process is the first of those that see the same `place`, on a disk of their own or a shared one.
+
+    All processes ask together. Each leaves its number in a folder that is named after the run and looks who else did.
+
+    Args:
+      place: a path that need not exist, in a folder that can be written.
+    """
+    if jax.process_count() == 1:
+        return True
+    run = first_of(uuid.uuid4().hex if is_primary() else None)
+    roll = place.with_name(f".{place.name}.{run}")
+    roll.mkdir(parents=True, exist_ok=True)
+    (roll / str(index())).touch()
+    barrier(f"roll at {place}")
+    first = min(int(path.name) for path in roll.iterdir())
+    barrier(f"roll at {place}")  # all have looked
+    shutil.rmtree(roll, ignore_errors=True)
+    return first == index()
 
 
 class Vote:

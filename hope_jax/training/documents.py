@@ -10,6 +10,7 @@ it, except in a fresh row. So such a model reads a segment twice where a documen
 and as one that goes on, and each row takes its own. With full attention besides it goes token by token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,14 @@ from hope_jax.models import ModelConfig
 from hope_jax.training.packing import Batch
 
 
-def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch: Batch) -> tuple[Any, jax.Array]:
+def cross_entropy(logits_BTV: jax.Array, targets_BT: Any) -> jax.Array:
+    """Nats of each target, [B, T] float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
+
+
+def document_losses(
+    lm: Any, model: ModelConfig, params: Any, state: Any, batch: Batch, losses: Callable = cross_entropy
+) -> tuple[Any, jax.Array]:
     """Nats of each next token.
 
     Args:
@@ -29,6 +37,7 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
       params: its parameters.
       state: of the rows before this batch; of rows that have read nothing when full attention reads them.
       batch: `starts` flags the segments before which a row is reset.
+      losses: (what the model returns, targets) -> [B, T].
     Returns:
       (state after the batch, [B, T] float32); losses where `batch.weights` is zero mean nothing.
     """
@@ -39,7 +48,7 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
         number_BT = jnp.repeat(1 + jnp.cumsum(batch.starts, axis=1, dtype=jnp.int32), places, axis=1)
         number_BT = jnp.where(mask_BT, number_BT, 0)
         state, logits_BTV = lm.apply(params, state, tokens_BT, phase=0, mask_BT=number_BT)
-        return state, _cross_entropy(logits_BTV, targets_BT)
+        return state, losses(logits_BTV, targets_BT)
     segments = batch.starts.shape[1]
     length = batch.tokens.shape[1] // segments
     whole = all(length % chunk == 0 for chunk in (model.chunk_proj, model.chunk_mem, *model.fast_chunks))
@@ -60,7 +69,7 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
         else:
             after = apply(lm.reset(params, state, start_B), 0 if whole and not model.fast_chunks else None)
         state, logits_BGV = after
-        return state, _cross_entropy(logits_BGV, targets_BG)
+        return state, losses(logits_BGV, targets_BG)
 
     def cut(x_BT):  # [B, T] -> [S, B, T / S]
         return jnp.swapaxes(x_BT.reshape(x_BT.shape[0], segments, -1), 0, 1)
@@ -72,7 +81,3 @@ def document_losses(lm: Any, model: ModelConfig, params: Any, state: Any, batch:
 
 def _rows(flag_B: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(flag_B, tuple(range(1, like.ndim)))
-
-
-def _cross_entropy(logits_BTV: jax.Array, targets_BT: Any) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)

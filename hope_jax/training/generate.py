@@ -99,13 +99,20 @@ def text_pieces(values: Iterable[int]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def token_pieces(values: Iterable[int], vocabulary: Vocabulary) -> Iterator[str]:
-    """Tokens as text as soon as a character is complete."""
+def token_pieces(values: Iterable[int], vocabulary: Vocabulary, before: Sequence[int] = ()) -> Iterator[str]:
+    """Tokens as text as soon as a character is complete.
+
+    Args:
+      values: the tokens.
+      vocabulary: what they are.
+      before: the tokens that they follow. Not shown, but decoded with them: what a token reads as may depend on the
+        one before it, as a space does that the decoder leaves out at the beginning of a text.
+    """
     if vocabulary.name == BYTES:
         yield from text_pieces(values)
         return
-    tokens: list[int] = []
-    shown = 0
+    tokens = list(before)
+    shown = len(vocabulary.decode(tokens))
     for value in values:
         tokens.append(value)
         text = vocabulary.decode(tokens)
@@ -202,4 +209,4 @@ def generate_text(
         end=vocabulary.end,
     )
     yield prompt
-    yield from token_pieces(values, vocabulary)
+    yield from token_pieces(values, vocabulary, checked if prompt else ())

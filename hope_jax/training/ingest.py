@@ -3,14 +3,14 @@
 CACHE/NAME-<key>/  train.bin  train.npy  validation.bin  validation.npy  facts.json
 
 The .bin files are flat arrays of tokens, the .npy files say where each document begins, facts.json holds sizes and
-the fingerprint of the tokens. CACHE is $HOPE_JAX_CACHE, or hope_jax/ in $XDG_CACHE_HOME or ~/.cache. The key covers
+the fingerprint of the tokens. CACHE is `cache.cache_dir()`. The key covers
 the files (names, sizes, times), the column and the vocabulary; a dataset of the hub goes by its name alone, so that a
-second run needs no network. Two processes may ingest the same source at once: the folder appears by a rename.
+second run needs no network. Two runs may ingest the same source at once: the folder appears by a rename. Of the
+processes of one run that share a cache, the first ingests and the others wait.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hope_jax.training import distributed
+from hope_jax.training.cache import cache_dir
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.sources import HUB, Piece, read_pieces, source_files
@@ -31,13 +33,7 @@ FACTS = "facts.json"
 VALIDATION_SHARE = 0.05  # of the documents, chosen by a hash of their text
 VALIDATION_TOKENS = 1 << 20  # no document is held out beyond these
 BATCH = 1 << 20  # characters that are tokenised together
-
-
-def cache_dir() -> Path:
-    """Where ingested sources lie."""
-    if own := os.environ.get("HOPE_JAX_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hope_jax"
+INGEST_SECONDS = 24 * 3600  # how long the processes wait for the one that is slowest to read the text
 
 
 def ingest(name: str, column: str, vocabulary: Vocabulary, say: Callable[[str], None] = lambda line: None) -> Corpus:
@@ -54,23 +50,31 @@ def ingest(name: str, column: str, vocabulary: Vocabulary, say: Callable[[str], 
       UserError: the source cannot be read or is empty, or the cache cannot be written.
     """
     folder = cache_dir() / f"{_word(name)}-{_key(name, column, vocabulary)}"
-    if not (folder / FACTS).exists():
-        say(f"reading {name} into {folder}")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {folder.parent}: {error.strerror}; set HOPE_JAX_CACHE to a folder that can be written"
-            ) from error
-        try:
-            _build(building, name, read_pieces(name, column), vocabulary)
-            _publish(building, folder)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; HOPE_JAX_CACHE names another folder") from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    try:
+        if distributed.greatest(not (folder / FACTS).exists()):
+            if distributed.is_first_at(folder):
+                _provide(folder, name, column, vocabulary, say)
+            distributed.barrier(f"reading {name}", INGEST_SECONDS)
+            _provide(folder, name, column, vocabulary, say)  # where a disk does not show yet what another host wrote
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; set HOPE_JAX_CACHE to a folder that can be written"
+        ) from error
     return _open(folder, name, vocabulary)
+
+
+def _provide(folder: Path, name: str, column: str, vocabulary: Vocabulary, say: Callable[[str], None]) -> None:
+    """Makes the folder unless it is there."""
+    if (folder / FACTS).exists():
+        return
+    say(f"reading {name} into {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _build(building, name, read_pieces(name, column), vocabulary)
+        _publish(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _word(name: str) -> str:

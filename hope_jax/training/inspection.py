@@ -117,7 +117,7 @@ def _sample(corpus: Corpus, mixture: Mixture, config: TrainConfig, row: int) -> 
     """What a row of the first step reads, its documents marked."""
     places: Any = _Places(corpus.train.size)
     rows = training_batches(_alone(corpus._replace(train=places), mixture), config)
-    batch = rows.rows(0, row % config.batch_size, row % config.batch_size + 1)
+    batch = rows.rows(0, [row % config.batch_size])
     read = batch.tokens[batch.weights > 0] if isinstance(batch, Batch) else batch[0, :-1]
     read = read[:SHOWN]
     first = np.isin(read, corpus.train_starts)

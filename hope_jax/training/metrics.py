@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from hope_jax.training.config import TrainConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.files import write_text
-from hope_jax.training.overrides import to_dict
+from hope_jax.training.overrides import one_line, to_dict
 
 METRICS_FILE = "metrics.jsonl"
 # What depends on the machine and the clock; every other number of a run is a function of its config and its data.
@@ -71,20 +71,29 @@ class WeightsAndBiases:
     """A run of a project on wandb.ai, named after the run directory, and the same one again on a resume.
 
     W&B takes no record twice: it warns of those of repeated steps and keeps the first.
+
+    Raises:
+      UserError: the package is not installed, or W&B refuses, for example because nobody is logged in.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, began: float):
         check_wandb(config)
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(
-            project=config.wandb,
-            name=run_dir.name,
-            id=f"{run_dir.name}-{began:.0f}",
-            resume="allow",
-            dir=str(run_dir),
-            config=to_dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                name=run_dir.name,
+                id=f"{run_dir.name}-{began:.0f}",
+                resume="allow",
+                dir=str(run_dir),
+                config=to_dict(config),
+            )
+        except Exception as error:  # of its own kinds, of the network, of the disk
+            raise UserError(
+                f"wandb={config.wandb} could not begin ({one_line(error)}); log in with: wandb login, set "
+                "WANDB_MODE=offline to send the records later, or leave out wandb="
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -4,10 +4,12 @@ A level whose chunk is longer than a training step accumulates its gradients and
 boundary: `cms_schedule`. Labels decide which parameters belong to which period (`period_of`).
 """
 
+import functools
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hope_jax.matrix_parameters import MATRIX, hidden_matrices
@@ -77,3 +79,67 @@ def _adamw(config: TrainConfig, period: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+
+
+def carry_optimizer(old: Any, fresh: Any, added: int = 0) -> Any:
+    """The state with which a new run goes on with the momenta of another (spec 4.10); its schedule starts anew.
+
+    Where both have the same levels and periods, everything but the count of the schedule is carried: momenta, the
+    gradients that slow levels have gathered, and how far they are from their next write. Otherwise each parameter keeps
+    its moments, whatever level it belongs to now, and the clocks start anew; a new parameter has no moments yet, and
+    the bias correction of the others (its first updates are the smaller for it).
+
+    Args:
+      old: state of a `build_optimizer`.
+      fresh: what the optimizer of the new run makes of its parameters.
+      added: CMS levels that the new run has in front: level i was level i - added.
+    """
+    if not added and jax.tree.structure(old) == jax.tree.structure(fresh):
+        return _map_states(optax.ScaleByScheduleState, _restart, old)
+    moments = {}  # by path: first and second moment, and the count of their bias correction
+    for adam in _states(optax.ScaleByAdamState, old):
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(adam.mu)]
+        for path, mu, nu in zip(paths, jax.tree.leaves(adam.mu), jax.tree.leaves(adam.nu), strict=True):
+            moments[path] = (mu, nu, adam.count)
+
+    def go_on(adam: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        def of(path: Any, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return moments.get(_path_before(path_string(path), added), (new, new, adam.count))
+
+        found = jax.tree_util.tree_map_with_path(of, adam.mu)
+        mu, nu, counts = (jax.tree.map(lambda _, one, i=i: one[i], adam.mu, found) for i in range(3))
+        return optax.ScaleByAdamState(functools.reduce(jnp.maximum, jax.tree.leaves(counts)), mu, nu)
+
+    return _map_states(optax.ScaleByAdamState, go_on, fresh)
+
+
+def _restart(schedule: optax.ScaleByScheduleState) -> optax.ScaleByScheduleState:
+    return optax.ScaleByScheduleState(jnp.zeros_like(schedule.count))
+
+
+def _path_before(path: str, added: int) -> str | None:
+    """The path of a parameter before some CMS levels were added in front, None for one of those.
+
+    >>> _path_before("blocks/cms/level_2/w1", 1), _path_before("blocks/cms/level_0/w1", 1), _path_before("head", 1)
+    ('blocks/cms/level_1/w1', None, 'head')
+    """
+    level = CMS_LEVEL.search(path)
+    if not level:
+        return path
+    number = int(level[1]) - added
+    return f"{path[: level.start(1)]}{number}{path[level.end(1) :]}" if number >= 0 else None
+
+
+def _map_states(kind: type, change: Any, tree: Any) -> Any:
+    """A tree with the states of one kind in it changed."""
+    is_one = functools.partial(_is_a, kind)
+    return jax.tree.map(lambda node: change(node) if is_one(node) else node, tree, is_leaf=is_one)
+
+
+def _states(kind: type, tree: Any) -> list[Any]:
+    is_one = functools.partial(_is_a, kind)
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_one) if is_one(node)]
+
+
+def _is_a(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hope_jax.training.config import read_config
 from hope_jax.training.errors import UserError
+from hope_jax.training.level_health import ratios
 from hope_jax.training.metrics import METRICS_FILE, read_metrics
+from hope_jax.training.telemetry import GRADIENT_RATIO
 
 AXES = {"steps": "step", "tokens": "tokens", "time": "hours of machine time"}
 SMOOTHED = 50  # the line of the training loss is a mean over one part in so many of its points
@@ -27,11 +30,7 @@ def plot_loss(run_dirs: Mapping[str, Path], path: Path, x: str = "steps") -> Non
     Raises:
       UserError: the records of a run have no times.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # the figure draws into memory, whatever display the machine has
+    figure = _figure(8, 4.5)
     axes = figure.subplots()
     for number, (label, run_dir) in enumerate(run_dirs.items()):
         records, position = read_metrics(run_dir), _position(run_dir, x)
@@ -48,6 +47,34 @@ def plot_loss(run_dirs: Mapping[str, Path], path: Path, x: str = "steps") -> Non
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_levels(run_dirs: Mapping[str, Path], path: Path, x: str = "steps") -> None:
+    """Draws |gradient| / |parameters| of every CMS level, a panel per run: levels that do not learn lie low.
+
+    Args and errors are those of `plot_loss`.
+    """
+    figure = _figure(1 + 4 * len(run_dirs), 4.5)
+    panels = figure.subplots(1, len(run_dirs), sharey=True, squeeze=False)[0]
+    for axes, (label, run_dir) in zip(panels, run_dirs.items(), strict=True):
+        records, position = read_metrics(run_dir), _position(run_dir, x)
+        for level in sorted({level for record in records for level in ratios(record)}):
+            at, values = _points(records, f"{level}/{GRADIENT_RATIO}", position)
+            axes.plot(*smooth(at, values), label=level)
+        axes.set(title=label, xlabel=AXES[x], yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("gradient norm / parameter norm")
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # the figure draws into memory, whatever display the machine has
+    return figure
 
 
 def smooth(at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,11 +104,15 @@ def _points(records: Sequence[Record], key: str, position: Callable[[Record], fl
     return points[:, 0], points[:, 1]
 
 
-def plot_runs(run_dirs: Sequence[Path], path: Path, x: str = "steps") -> str:
+def plot_runs(run_dirs: Sequence[Path], path: Path, x: str = "steps", *, levels: bool = False) -> str:
     """What `hope plot` does: compares runs in one picture and says where it lies.
 
+    Args:
+      run_dirs, path, x: see `plot_loss`.
+      levels: draw the gradients of the levels in the place of the losses.
     Raises:
-      UserError: a run is none or has no records (yet), its records have no times, or the picture cannot be written.
+      UserError: a run is none or has no records (yet), its records have no times or tell of no levels, or the picture
+        cannot be written.
     """
     for run_dir in run_dirs:
         read_config(run_dir)  # says so when there is no run at all
@@ -90,8 +121,10 @@ def plot_runs(run_dirs: Sequence[Path], path: Path, x: str = "steps") -> str:
             raise UserError(f"{run_dir / METRICS_FILE} holds no records yet; plot the run when it has taken a step")
         if x == "time" and not any("seconds" in record for record in records):
             raise UserError(f"{run_dir} was trained before times were recorded; plot it with --x steps")
+        if levels and not any(map(ratios, records)):
+            raise UserError(f"{run_dir} has no records of CMS levels' gradients; plot its losses, without --levels")
     try:
-        plot_loss({str(run_dir): run_dir for run_dir in run_dirs}, path, x)
+        (plot_levels if levels else plot_loss)({str(run_dir): run_dir for run_dir in run_dirs}, path, x)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
         raise UserError(f"cannot write {path}: {reason}; give another place, for example --out runs.png") from error

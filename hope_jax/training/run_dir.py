@@ -1,7 +1,7 @@
 """The run directory: whose it is, what it holds, and the text it was trained on.
 
 RUN/config.yaml  corpus.json  [tokenizer.json]  metrics.jsonl  events.*  goodput.json  loss.png  profile/  stalls.txt
-    ckpt/<step>/{state, meta, checksums.json}
+    [origin.json]  ckpt/<step>/{state, meta, checksums.json}
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from hope_jax.training.vocabulary import BYTES, TOKENIZER_FILE, Vocabulary, load
 from hope_jax.training.watchdog import STALLS_FILE
 
 CORPUS_FILE = "corpus.json"
+ORIGIN_FILE = "origin.json"  # of a run that begins from another
 LOSS_PLOT = "loss.png"
 WANDB = "wandb"  # what Weights & Biases keeps of its own
 VERSUS = "versus"  # the run of the other model lies below the run it is compared with
@@ -78,7 +79,8 @@ def claim(config: TrainConfig, corpus: Mixture, run_dir: Path, *, overwrite: boo
     Raises:
       UserError: the run that is continued was trained on other text, or the directory cannot be written.
     """
-    tokenizer = None if config.tokenizer == BYTES else Path(config.tokenizer).read_text()  # before it is removed
+    # Read before it is removed.
+    tokenizer = None if config.tokenizer == BYTES else Path(tokenizer_of(config, run_dir)).read_text()
     if overwrite:
         remove_run(run_dir)
     try:
@@ -124,7 +126,8 @@ def _taken(config: TrainConfig, run_dir: Path) -> str:
 
 def remove_run(run_dir: Path) -> None:
     """Removes what a run wrote, and nothing else that lies in the directory."""
-    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, METRICS_FILE, GOODPUT_FILE, LOSS_PLOT, STALLS_FILE):
+    records = (METRICS_FILE, GOODPUT_FILE, LOSS_PLOT, STALLS_FILE)
+    for name in (CONFIG_FILE, CORPUS_FILE, TOKENIZER_FILE, ORIGIN_FILE, *records):
         (run_dir / name).unlink(missing_ok=True)
     for events in run_dir.glob("events.out.tfevents.*"):
         events.unlink()
@@ -165,6 +168,13 @@ def read_seen_bytes(run_dir: Path) -> list[int]:
 def run_vocabulary(run_dir: Path) -> Vocabulary:
     """What the tokens of a run are, by the run's own copy of the tokenizer."""
     return load_vocabulary(BYTES if read_config(run_dir).tokenizer == BYTES else str(run_dir / TOKENIZER_FILE))
+
+
+def tokenizer_of(config: TrainConfig, run_dir: Path) -> str:
+    """The tokenizer of a run that goes on: what its config names, or the run's own copy when that is gone."""
+    own = run_dir / TOKENIZER_FILE
+    gone = config.tokenizer != BYTES and not Path(config.tokenizer).is_file()
+    return str(own) if gone and own.is_file() else config.tokenizer
 
 
 def read_corpus_facts(run_dir: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ training state.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,12 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         raise UserError(f"{slices} slices need mesh.data to be a multiple of {slices}; it is {shape[0]}")
     inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+
+
+def rows_on(sharding: NamedSharding, count: int, devices: Iterable[Any]) -> list[int]:
+    """Which of the `count` rows of a batch lie on some devices, ascending."""
+    places = sharding.devices_indices_map((count,))
+    return sorted({row for device in devices for row in range(count)[places[device][0]]})
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> P:

@@ -5,6 +5,8 @@ state = program.init()
 state, metrics = program.train_step(state, tokens)      # donates state, one compile per run
 """
 
+import bisect
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,16 +17,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hope_jax.models import ModelConfig, build_lm
+from hope_jax.models import ModelConfig, build_lm, matryoshka, matryoshka_losses
 from hope_jax.placement import on_mesh
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.documents import document_losses
+from hope_jax.training.documents import cross_entropy, document_losses
 from hope_jax.training.errors import UserError
 from hope_jax.training.level_metrics import norms, steps_since_update
 from hope_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from hope_jax.training.overrides import one_line
 from hope_jax.training.packing import Batch
-from hope_jax.training.sharding import BATCH, make_mesh, shardings
+from hope_jax.training.sharding import BATCH, make_mesh, rows_on, shardings
 
 
 class TrainState(NamedTuple):
@@ -46,6 +48,7 @@ class Metrics(NamedTuple):
     update_norm: jax.Array  # [] float32, of what the step added to the parameters
     level_update_norm: dict[str, jax.Array]  # [] float32 of each level
     level_waited: dict[str, jax.Array]  # [] int32, steps since each level was written; 0 if in this one
+    level_gradient_ratio: dict[str, jax.Array]  # [] float32, |gradient| / |parameters| of each level before the step
 
 
 class Program(NamedTuple):
@@ -64,21 +67,39 @@ class Program(NamedTuple):
         """The state before the first step."""
         return self.start(self.init_params())
 
-    def distances(self, params: Any) -> dict[str, jax.Array]:
+    def distances(self, params: Any, start: Any = None) -> dict[str, jax.Array]:
         """How far each level is from where the run began, float32[].
 
-        The start is made again: keeping it would take as much memory as the parameters do.
+        Args:
+          params: as they are now.
+          start: as they were; None makes them again: keeping them would take as much memory as the parameters do.
         """
-        return self.level_norms(params, self.init_params())
+        return self.level_norms(params, self.init_params() if start is None else start)
 
-    def put_batch(self, batch: Any) -> Any:
-        """A host array or several, the same on every process, with the first axis over the mesh's batch axes.
+    def rows_here(self, count: int) -> list[int]:
+        """The rows of a batch of `count` that lie on the devices of this process."""
+        return rows_on(self.batch_sharding, count, self.batch_sharding.addressable_devices)
 
-        Each process moves only the rows of its own devices.
+    def put_batch(self, batch: Any, rows: Sequence[int] | None = None, count: int | None = None) -> Any:
+        """A host array or several as global ones, the first axis over the mesh's batch axes.
+
+        Args:
+          batch: rows of this process.
+          rows: which of the global batch they are, ascending; None for all.
+          count: rows of the global batch; None for as many as are here.
         """
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, self.batch_sharding, lambda rows: x[rows]), batch
-        )
+
+        def place(x: Any) -> jax.Array:
+            size = x.shape[0] if count is None else count
+
+            def of_device(index: Any) -> Any:
+                first, end, _ = index[0].indices(size)
+                here = first if rows is None else bisect.bisect_left(rows, first)
+                return x[here : here + end - first]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), self.batch_sharding, of_device)
+
+        return jax.tree.map(place, batch)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -101,15 +122,15 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
     lanes = config.batch_size if config.carries else 0
     try:
         lm = build_lm(config.model)
-        shapes = jax.eval_shape(lambda: init_state(lm, tx, config.seed, lanes))
+        abstract = abstract_state(lm, tx, mesh, lanes)
     except ValueError as error:
         raise UserError(one_line(error)) from error
     batch, scalar = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
-    placed = shardings(shapes, mesh)._replace(lanes=jax.tree.map(lambda leaf: batch, shapes.lanes))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return Program(
         lm=lm,
         mesh=mesh,
-        abstract_state=jax.tree.map(_place, shapes, placed),
+        abstract_state=abstract,
         init_params=jax.jit(lambda: init_params(lm, config.seed), out_shardings=placed.params),
         start=jax.jit(lambda params: start_state(lm, tx, params, lanes), out_shardings=placed, donate_argnums=0),
         train_step=jax.jit(
@@ -127,6 +148,14 @@ def build_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> 
             lambda params, others: norms(jax.tree.map(jnp.subtract, params, others)), out_shardings=scalar
         ),
     )
+
+
+def abstract_state(lm: Any, tx: optax.GradientTransformation, mesh: Mesh, lanes: int = 0) -> TrainState:
+    """Shapes, dtypes and shardings of a state."""
+    shapes = jax.eval_shape(lambda: init_state(lm, tx, 0, lanes))
+    batch = NamedSharding(mesh, BATCH)
+    placed = shardings(shapes, mesh)._replace(lanes=jax.tree.map(lambda leaf: batch, shapes.lanes))
+    return jax.tree.map(_place, shapes, placed)
 
 
 def _place(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -150,32 +179,36 @@ def init_params(lm: Any, seed: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), lm.init(jax.random.key(seed)))
 
 
-def token_losses(lm: Any, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def token_losses(lm: Any, params: Any, tokens_BT: jax.Array, losses: Callable = cross_entropy) -> jax.Array:
     """Nats of each next token.
 
     Args:
       lm: the model's functions.
       params: its parameters.
       tokens_BT: [B, T + 1]; every row starts with an empty memory.
+      losses: (what the model returns, targets) -> [B, T].
     Returns:
       [B, T] float32.
     """
     tokens_BT = tokens_BT.astype(jnp.int32)
     fresh = lm.init_state(params, tokens_BT.shape[0])
     _, logits_BTV = lm.apply(params, fresh, tokens_BT[:, :-1], phase=0)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), tokens_BT[:, 1:])
+    return losses(logits_BTV, tokens_BT[:, 1:])
 
 
 def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConfig) -> Callable:
     """The training step as a pure function."""
-    schedule = learning_rate_schedule(config)
+    schedule, losses = learning_rate_schedule(config), cross_entropy
+    if config.matryoshka:
+        lm = matryoshka(config.model, len(config.matryoshka))
+        losses = functools.partial(matryoshka_losses, config.matryoshka)
 
     def loss_fn(params, inputs):
         tokens_BT, lanes = inputs
         if not isinstance(tokens_BT, Batch):
-            return token_losses(lm, params, tokens_BT).mean(), ()
+            return token_losses(lm, params, tokens_BT, losses).mean(), ()
         before = lanes if config.carries else lm.init_state(params, tokens_BT.tokens.shape[0])
-        after, losses_BT = document_losses(lm, config.model, params, before, tokens_BT)
+        after, losses_BT = document_losses(lm, config.model, params, before, tokens_BT, losses)
         return (losses_BT * tokens_BT.weights).mean(), after if config.carries else ()
 
     def train_step(state: TrainState, tokens_BT: Any) -> tuple[TrainState, Metrics]:
@@ -196,10 +229,15 @@ def make_train_step(lm: Any, tx: optax.GradientTransformation, config: TrainConf
             update_norm=optax.tree.norm(moved),
             level_update_norm=moved,
             level_waited=steps_since_update(opt_state, list(moved), config.cms_periods),
+            level_gradient_ratio=jax.tree.map(_ratio, norms(grads), norms(state.params)),
         )
         return TrainState(state.step + 1, params, opt_state, lanes), metrics
 
     return train_step
+
+
+def _ratio(gradient: jax.Array, parameters: jax.Array) -> jax.Array:
+    return gradient / jnp.maximum(parameters, jnp.finfo(parameters.dtype).tiny)
 
 
 def accumulated_grad(loss_fn: Callable, params: Any, batch: Any, pieces: int) -> tuple[tuple[jax.Array, Any], Any]:

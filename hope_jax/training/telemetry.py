@@ -10,6 +10,7 @@ from hope_jax.training.timing import StepTimes
 
 # Which of a level's numbers a record has: "level_0/update_norm", ...
 UPDATE_NORM, WAITED, DISTANCE = "update_norm", "steps_since_update", "distance"
+GRADIENT_RATIO = "gradient_ratio"  # |gradient| / |parameters|
 
 
 class Telemetry:
@@ -56,6 +57,7 @@ class Telemetry:
         for level, norm in metrics.level_update_norm.items():
             record[f"{level}/{UPDATE_NORM}"] = float(norm)
             record[f"{level}/{WAITED}"] = int(metrics.level_waited[level])
+            record[f"{level}/{GRADIENT_RATIO}"] = float(metrics.level_gradient_ratio[level])
         return record | self.of_machine()
 
     def of_evaluation(self, bpb: float, distances: dict[str, float]) -> dict[str, float]:

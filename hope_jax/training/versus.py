@@ -1,6 +1,7 @@
 """A model against a parameter-matched one of another architecture, on the same bytes in the same order."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from hope_jax.models import ARCHITECTURES, ModelConfig, count_parameters, match_parameters
-from hope_jax.training.config import TrainConfig
+from hope_jax.training.config import TrainConfig, segment_length
 from hope_jax.training.distributed import is_primary
 from hope_jax.training.errors import UserError
 from hope_jax.training.loop import Result, train
@@ -23,9 +24,17 @@ OTHERS = tuple(ARCHITECTURES)
 def opponent(config: TrainConfig, name: str) -> TrainConfig:
     """The same run with another architecture of as many parameters (within 1%).
 
+    Documents begin where they may begin for both; it reads what `comparable(config, name)` reads.
+
     Raises:
-      UserError: the run has that architecture already, or no width matches.
+      UserError: the run has that architecture already or begins from another run, no width matches, or the other model
+        cannot read these windows.
     """
+    if config.start.run:
+        raise UserError(
+            f"--versus {name} trains another architecture from random parameters, this run begins from "
+            f"{config.start.run}; leave --versus out"
+        )
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
     changes: dict[str, Any] = {
@@ -43,7 +52,26 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
         model = match_parameters(dataclasses.replace(config.model, **changes), count_parameters(config.model))
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    return dataclasses.replace(config, model=model, cms_periods=config.cms_periods if has_cms else ())
+    multiple = config.document_multiple
+    if config.documents in ("reset", "carry_reset"):
+        multiple = math.lcm(config.segment, segment_length(model))
+    periods = config.cms_periods if has_cms else ()
+    return dataclasses.replace(config, model=model, cms_periods=periods, document_multiple=multiple)
+
+
+def comparable(config: TrainConfig, name: str) -> TrainConfig:
+    """The run as it is trained beside another architecture: documents begin where they may begin for both.
+
+    Raises:
+      UserError: see `opponent`; or the windows are no multiple of what both models read at once.
+
+    >>> ours = TrainConfig(seq_len=96, documents="reset", model=ModelConfig(chunk_proj=24, chunk_mem=24))
+    >>> comparable(ours, "transformer").segment, opponent(ours, "transformer").segment
+    (24, 24)
+    """
+    multiple = opponent(config, name).document_multiple
+    same = multiple in (config.document_multiple, config.segment)
+    return config if same else dataclasses.replace(config, document_multiple=multiple)
 
 
 def train_opponent(ours: Result, name: str, *, resume: bool | None, overwrite: bool, console: Console) -> Result:

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hope_jax.training.errors import UserError
+from hope_jax.training.level_health import STEPS, dead_levels
 from hope_jax.training.run_view import Reader, View, duration
-from hope_jax.training.telemetry import DISTANCE, UPDATE_NORM, WAITED
+from hope_jax.training.telemetry import DISTANCE, GRADIENT_RATIO, UPDATE_NORM, WAITED
 
 BARS = "▁▂▃▄▅▆▇█"
 REFRESH = 1.0  # seconds
@@ -66,6 +67,8 @@ def _heading(view: View) -> Text:
     text.append(f"\n{config.model.name}, step {view.step:,} of {config.steps:,}")
     text.append(f" ({view.step / config.steps:.0%}), last checkpoint: ")
     text.append("none" if view.saved is None else f"step {view.saved:,}")
+    if config.start.run:
+        text.append(f", begun from {config.start.run}")
     seconds = view.latest("step_seconds")
     if view.status == "running" and seconds:
         text.append(f", about {duration((config.steps - view.step) * seconds)} of steps left")
@@ -146,12 +149,15 @@ def _levels(view: View) -> list[Table]:
         return []
     table = Table(title="levels", title_justify="left")
     table.add_column("")
-    for column in ("written", "norm of its last update", "distance from the start"):
+    for column in ("written", "last update", "gradient / weights", "distance from the start"):
         table.add_column(column, justify="right")
+    dead = dead_levels(view.records[-2 * STEPS :])  # evaluations lie between the steps
     for level in view.levels:
         updates = [norm for norm in view.series(f"{level}/{UPDATE_NORM}") if norm]
         last = _form(updates[-1] if updates else None, "{:.4g}")
-        table.add_row(level, _written(view, level), last, _distance(view, level))
+        ratio = _form(view.latest(f"{level}/{GRADIENT_RATIO}"), "{:.4g}")
+        name = Text.assemble(level, (" hardly learns", "yellow") if level in dead else "")
+        table.add_row(name, _written(view, level), last, ratio, _distance(view, level))
     return [table]
 
 

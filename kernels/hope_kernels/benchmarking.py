@@ -46,9 +46,10 @@ def time_side_by_side(
     case: str,
     base: str,
     repeats: int = 9,
+    compiled: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Time `f(arguments)` for each function, jitted, taking turns so that a busy machine disturbs all alike.
+    """Time `f(arguments)` for each function, taking turns so that a busy machine disturbs all alike.
 
     Args:
         functions: by the name of the implementation.
@@ -56,6 +57,7 @@ def time_side_by_side(
         case: what is being timed, for the table.
         base: the name in `functions` that the ratios compare with.
         repeats: timed calls of each, one in every turn, right after an untimed one.
+        compiled: jit the functions; False for those that call compiled programs themselves.
         clock: seconds.
 
     Returns:
@@ -63,7 +65,7 @@ def time_side_by_side(
     """
     if base not in functions:
         raise ValueError(f"base must be one of {', '.join(functions)}; got {base!r}")
-    jitted = {name: jax.jit(f) for name, f in functions.items()}
+    jitted = {name: jax.jit(f) for name, f in functions.items()} if compiled else dict(functions)
     for f in jitted.values():
         jax.block_until_ready(f(arguments))
     seconds: dict[str, list[float]] = {name: [] for name in jitted}

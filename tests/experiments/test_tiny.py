@@ -15,11 +15,25 @@ from experiments.training import in_bits
 # Hope where it is quickest to compile; the others learn nothing about it here.
 TINY = {"formal_languages": ("transformer",), "mqar": ("delta_net",), "mad": ("transformer",), "niah": ("transformer",)}
 TINY |= {"babilong": ("delta_net",), "ablation": ("hope",), "context_use": ("transformer",)}
+TINY |= {"matryoshka": ("transformer",)}
 TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",)}
-NO_RECORDS = {"optimizer_toy", "continual_momentum"}  # tables and pictures at once; tested in their own files
+TINY |= {"test_time_learning": ("hope_attention",), "chunk_transfer": ("dla",)}
+TINY |= {"levels_and_frequency": ("hope_attention",)}
+NO_RECORDS = {
+    "optimizer_toy",
+    "continual_momentum",
+    "session_cost",
+    "surprise_gates",
+    "two_timescales",
+    "low_pass",
+    "progressive_stacking",
+}  # tables and pictures at once; tested in their own files
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "ablation" else ()) for n in TINY])
+SLOW = {"ablation", "test_time_learning", "chunk_transfer", "levels_and_frequency"}  # to compile
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TINY])
 def test_tiny(name, tmp_path):
     module = importlib.import_module(f"experiments.{name}")
     options = dataclasses.replace(module.TINY, models=TINY[name], results=tmp_path)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from hope_jax.models import ModelConfig, build_lm
+from tests.training.conftest import _compile_once, program_cache  # noqa: F401  the same small programs in every file
 
 SMALL = {"dim": 16, "layers": 1, "heads": 2, "cms_hidden": (32, 32), "cms_chunks": (8, 32)}
 

@@ -67,7 +67,7 @@ def test_it_says_that_nothing_was_saved(session, tmp_path):
     [
         ("/laod x", "no command '/laod'; there are /tell, /load"),
         ("/load /nowhere/text.txt", "cannot read /nowhere/text.txt"),
-        ("/forget level_7", "nothing called 'level_7' to forget; this session has level_0"),
+        ("/forget level_7", "nothing is called 'level_7' in this session; it has fast, level_0"),
         ("/learn maybe", "write /learn on or /learn off"),
         ("/save", "write /save FILE"),
         ("/score", "nothing to score"),

@@ -145,7 +145,7 @@ def test_forgetting_a_level(whole, config, params):
         session = whole[0].fork()
         session.forget(level)
         assert {name for name, distance in session.diff(fresh).items() if distance == 0} == zero
-    with pytest.raises(UserError, match=r"nothing called 'slow'.*fast, level_0, level_1|level_0, level_1"):
+    with pytest.raises(UserError, match="nothing is called 'slow' in this session; it has fast, level_0, level_1"):
         session.forget("slow")
 
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_read_is_refused(config, params):
     assert session.observe("").tokens == 0 and str(session.observe(b"")) == "0 tokens read, 0 wait for a whole chunk"
     for tokens, message in (([256], "0 to 255; got 256"), ([-1], "got -1"), ([0.5], "integers; got float64")):
         with pytest.raises(UserError, match=message):
-            session.observe(tokens)
+            session.observe(tokens)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="max_tokens must be at least 1"):
         session.generate("x", max_tokens=0)
     assert session.digest() == digest

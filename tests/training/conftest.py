@@ -9,9 +9,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from hope_jax.models import ModelConfig
 from hope_jax.training.config import TrainConfig
-from hope_jax.training.loop import train
+from hope_jax.training.loop import Result, train
+from hope_jax.training.metrics import TIMED, read_metrics
 
 LINES = [f"line {i}: the square of {i} is {i * i}, and its cube is {i**3}.\n" for i in range(400)]
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in read_metrics(run_dir)]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +29,7 @@ def program_cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _compile_once(program_cache):
     names = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(program_cache),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -68,3 +75,9 @@ def trained(small, tmp_path_factory, program_cache) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
     train(dataclasses.replace(small, steps=3), run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory) -> Result:
+    """An uninterrupted run of six steps."""
+    return train(small, tmp_path_factory.mktemp("whole") / "run")

@@ -13,6 +13,7 @@ from hope_jax.training.overrides import leaves
 from hope_jax.training.presets import preset
 
 PATIENCE = 240  # seconds for a start under load
+HOPE_TRAIN = ("-m", "hope_jax", "train")
 
 
 def free_port() -> int:
@@ -38,9 +39,10 @@ class Processes:
       cache: the directory of compiled programs.
       devices: virtual devices of each.
       log: where their output goes, one file each.
+      program: of Python, in the place of `hope train`.
     """
 
-    def __init__(self, words: list[str], count: int, *, cache: Path, log: Path, devices: int = 1):
+    def __init__(self, words: list[str], count: int, *, cache: Path, log: Path, devices: int = 1, program=HOPE_TRAIN):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -59,7 +61,7 @@ class Processes:
             with path.open("w") as out:
                 self.members.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "hope_jax", "train", *words],
+                        [sys.executable, *program, *words],
                         env={**environment, **(joined if count > 1 else {})},
                         stdout=out,
                         stderr=subprocess.STDOUT,

@@ -129,7 +129,7 @@ def test_hosts_read_their_rows_and_a_resume_on_other_hosts_neither_repeats_nor_s
 
     def on(hosts, start, stop):
         share = ROWS // hosts
-        feeds = [feed(made(), start, stop, (p * share, (p + 1) * share)) for p in range(hosts)]
+        feeds = [feed(made(), start, stop, range(p * share, (p + 1) * share)) for p in range(hosts)]
         return [[*itertools.chain(*map(targets, parts))] for parts in zip(*feeds, strict=True)]
 
     assert on(4, 0, 5) + on(2, 5, 12) == alone

@@ -6,15 +6,18 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.training import checkpoint
 from hope_jax.training.checkpoint import Checkpoints, describe, fingerprints, saved_steps
 from hope_jax.training.checksums import find_damage
 from hope_jax.training.config import MeshConfig
+from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.load import load_run
@@ -250,6 +253,26 @@ def test_a_run_continues_over_a_damaged_checkpoint(small, tmp_path, capsys):
     again = train(small, tmp_path / "run", resume=True)
     assert again.started_at == 4 and capsys.readouterr().err.count("ckpt/6 is damaged (state/_METADATA: ") == 2
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.state), jax.device_get(whole.state))
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_with_synchronous_saves_every_due_checkpoint_is_whole_before_the_next_step(small, tmp_path, monkeypatch, sync):
+    """The disk is so slow that a save outlasts the steps: without the wait a kill would lose two intervals."""
+    write, make, whole = checkpoint.write_checksums, TrainBatches.rows, []
+
+    def slowly(directory):
+        time.sleep(0.5)
+        write(directory)
+
+    def look(self, step, which):
+        whole.append(max(saved_steps(tmp_path / "run"), default=0))
+        return make(self, step, which)
+
+    monkeypatch.setattr(checkpoint, "write_checksums", slowly)
+    monkeypatch.setattr(TrainBatches, "rows", look)
+    train(dataclasses.replace(small, sync_checkpoints=sync, eval_every=100), tmp_path / "run")
+    due = [step - step % small.checkpoint_every for step in range(small.steps)]
+    assert (whole == due) == sync and whole[-1] >= due[-1] - small.checkpoint_every
 
 
 def test_writing_a_file_leaves_the_old_one_or_the_new(tmp_path):

@@ -25,6 +25,7 @@ from hope_jax.training.presets import PRESETS, describe_presets, preset
         ("learning_rate=1e-2", "learning_rate", 0.01),
         ("cms_periods=1,4", "cms_periods", (1, 4)),
         ("cms_periods=", "cms_periods", ()),
+        ("matryoshka=0.5,0,1", "matryoshka", (0.5, 0.0, 1.0)),
         ("data=a=b.txt", "data", "a=b.txt"),
         ("mesh.data=2", "mesh", TrainConfig().mesh.__class__(data=2)),
         ("model.tie_embeddings=false", "model", ModelConfig(tie_embeddings=False)),
@@ -58,6 +59,8 @@ def test_overrides_are_parsed_by_type(override, key, value):
         (f"seed={10**400}", "must be below"),
         ("seed=-1", "seed=-1 must be 0 or greater"),
         ("cms_periods=1,0", "every period must be at least 1"),
+        ("matryoshka=0,0", "weights are 0 or more and one is above"),
+        ("matryoshka=1,1,1,1,1,1,1,1", "8 prefixes, each half as wide as the next, do not fit dim=64"),
         ("accumulate=3", "batch_size a multiple of accumulate"),
         ("mesh.data=3", "make batch_size a multiple of 3"),
         ("beta2=1", "below 1"),
@@ -125,7 +128,8 @@ def test_hash_ignores_what_may_change():
     longer = dataclasses.replace(config, steps=5_000, eval_every=7)
     assert config_hash(longer) == config_hash(config)
     assert config_hash(dataclasses.replace(config, clip_norm=1)) == config_hash(config)  # 1.0 once read from YAML
-    assert config_hash(dataclasses.replace(config, seed=1)) != config_hash(config)
+    for changes in ({"seed": 1}, {"matryoshka": (0.5, 0.5)}):
+        assert config_hash(dataclasses.replace(config, **changes)) != config_hash(config)
 
 
 def test_continuing_keeps_the_schedule_and_names_what_differs(tmp_path):

@@ -13,8 +13,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.evaluate import eval_file
 from hope_jax.training.generate import generate_text
 from hope_jax.training.loop import train
-from hope_jax.training.metrics import TIMED, read_metrics
-from tests.training.conftest import LINES
+from tests.training.conftest import LINES, records
 from tests.training.test_ingest import tokenizer_file  # noqa: F401
 
 
@@ -30,10 +29,6 @@ def table(tmp_path):
     return path
 
 
-def records(run_dir):
-    return [{key: value for key, value in one.items() if key not in TIMED} for one in read_metrics(run_dir)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", ["carry", "carry_reset"])
 def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeypatch, documents):
@@ -45,10 +40,10 @@ def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeyp
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(jax.device_get(whole.state.lanes)))
     make = LaneBatches.rows
 
-    def make_and_interrupt(self, step, low, high):
+    def make_and_interrupt(self, step, which):
         if step == 4:  # read ahead: some step before it is the last
             signal.raise_signal(signal.SIGINT)
-        return make(self, step, low, high)
+        return make(self, step, which)
 
     with monkeypatch.context() as patch:
         patch.setattr(LaneBatches, "rows", make_and_interrupt)
@@ -59,7 +54,9 @@ def test_carried_memory_survives_an_interruption(small, table, tmp_path, monkeyp
     assert records(second.run_dir) == records(whole.run_dir)
 
 
-def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_path):  # noqa: F811
+def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_path, monkeypatch):  # noqa: F811
+    from tokenizers import Tokenizer, decoders
+
     words = tmp_path / "words.json"
     words.write_bytes(tokenizer_file.read_bytes())
     config = dataclasses.replace(small, data=f"{table}:3,{table}:1", documents="reset", sample_bytes=0, steps=3)
@@ -74,9 +71,22 @@ def test_a_tokenised_run_on_packed_documents(small, table, tokenizer_file, tmp_p
     assert losses[0]["bits_per_byte"] == pytest.approx(losses[0]["loss"] / np.log(2) / per_token)
     assert result.validation_bpb == pytest.approx(np.log2(300) / per_token, rel=0.1)  # nothing is known yet
     words.unlink()  # the run has its own copy
+    config = dataclasses.replace(config, steps=4)
+    again = train(config, tmp_path / "run", resume=True)
+    assert again.started_at == 3 and int(again.state.step) == 4
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    with pytest.raises(UserError, match="no such file: tokenizer="):  # another run begins with what its config names
+        train(config, tmp_path / "run", overwrite=True)
     options = {"max_bytes": 8, "temperature": 1.0, "top_k": 0, "seed": 0}
     text = "".join(generate_text(tmp_path / "run", "line 3", **options))
     assert text.startswith("line 3") and len(text) > 6
+    own = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json"))
+    own.decoder = decoders.Sequence([own.decoder, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    own.save(str(tmp_path / "run" / "tokenizer.json"))  # it leaves out the space that a text begins with
+    made = own.encode(" is").ids
+    monkeypatch.setattr("hope_jax.training.generate.generate_bytes", lambda *_, **__: iter(made))
+    assert "".join(generate_text(tmp_path / "run", "line 3", **options)) == "line 3 is"
+    assert "".join(generate_text(tmp_path / "run", "", **options)) == "is"  # nothing is before it
     other = tmp_path / "other.txt"
     other.write_text("".join(LINES[:20]))
     assert "bits per byte over" in eval_file(tmp_path / "run", other)

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,8 +23,11 @@ from hope_jax.training.interrupt import Interruption, Stop
 from hope_jax.training.loop import train
 from hope_jax.training.metrics import read_metrics
 from hope_jax.training.run_dir import full_disk_named
+from hope_jax.training.sharding import rows_on
 from hope_jax.training.step import build_program
 from hope_jax.training.watchdog import Watchdog
+from tests.training import two_hosts
+from tests.training.conftest import LINES
 from tests.training.processes import Processes, overrides, run
 
 THREE = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -69,6 +73,31 @@ def test_rows_lie_where_the_mesh_says(small):
     assert [shard.data.shape for shard in placed.addressable_shards] == [(1, 17)] * 4
 
 
+def test_a_host_makes_the_rows_of_its_devices_and_no_others(small, monkeypatch):
+    """Two hosts of four devices; what lies on each device is cut from the whole batch, bit for bit."""
+    program = build_program(dataclasses.replace(small, batch_size=8, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    batches = TrainBatches(np.arange(2000, dtype=np.uint16), seed=0, batch=8, length=16)
+    whole, row, made = batches[3], TrainBatches.row, []
+    monkeypatch.setattr(TrainBatches, "row", lambda self, item: made.append(item) or row(self, item))
+    for host, expected in ((0, [0, 1, 4, 5]), (1, [2, 3, 6, 7])):
+        ours = set(program.mesh.devices[:, host].flat)
+        rows = rows_on(program.batch_sharding, 8, ours)
+        made.clear()
+        local = batches.rows(3, rows)
+        assert rows == expected and made == [3 * 8 + i for i in expected]
+
+        def on_each(shape, sharding, cut, ours=ours):
+            return {d: (index, cut(index)) for d, index in sharding.devices_indices_map(shape).items() if d in ours}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "make_array_from_callback", on_each)
+            placed = program.put_batch(local, rows, 8)
+        assert len(placed) == 4
+        for index, part in placed.values():
+            np.testing.assert_array_equal(part, whole[index])
+    assert program.rows_here(8) == list(range(8))  # a process alone
+
+
 def test_sigterm_is_a_request_and_counts_more_than_ctrl_c(request):
     # As in a terminal: a process in the background of a shell is born deaf to SIGINT.
     deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,15 +115,15 @@ def test_sigterm_is_a_request_and_counts_more_than_ctrl_c(request):
 
 
 def test_sigterm_saves_once_and_the_run_continues(small, tmp_path, monkeypatch, capfd):
-    make = TrainBatches.__getitem__
+    make = TrainBatches.rows
 
-    def preempt(self, index):
-        if index == 2:
+    def preempt(self, step, which):
+        if step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return make(self, index)
+        return make(self, step, which)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainBatches, "__getitem__", preempt)
+        patch.setattr(TrainBatches, "rows", preempt)
         first = train(small, tmp_path / "run", resume=None)
     assert first.stop == Stop.PREEMPTED and first.interrupted and saved_steps(tmp_path / "run") == [2, 3]
     assert "then leaving (SIGTERM)" in capfd.readouterr().err
@@ -171,6 +200,20 @@ def test_processes_train_the_curve_of_one(config, cache, alone, tmp_path, count)
 
 
 @pytest.mark.slow
+def test_each_host_makes_its_rows_and_one_reads_for_those_that_share_a_cache(cache, tmp_path):
+    table, program = tmp_path / "table.jsonl", [str(Path(two_hosts.__file__))]
+    table.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    outputs = run([str(table), str(tmp_path)], 2, cache=cache, log=tmp_path / "log", program=program)
+    first, second = ([line for line in output.splitlines() if line.startswith("host: ")] for output in outputs)
+    assert (first[0], second[0]) == ("host: rows 0 1 2 3", "host: rows 4 5 6 7")
+    assert first[4] == second[4] == "host: made 8"  # four rows of each of two steps
+    read = [[int(line.split()[2]) for line in lines[1:4]] for lines in (first, second)]
+    assert read == [[1, 1, 0], [0, 1, 0]]  # shared, own, and shared once more
+    assert len({line.split()[3] for line in (*first[1:4], *second[1:4])}) == 1
+    assert {len(list((tmp_path / name).iterdir())) for name in ("shared", "own0", "own1")} == {1}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [[(1, 1), (2, 1), (4, 1)], [(1, 8), (1, 4), (1, 8)]], ids=["processes", "devices"])
 def test_a_run_continues_on_another_topology(config, cache, alone, tmp_path, stages):
     """(processes, devices of each); 4 and 7 are in the middle of a slow level's chunk.
@@ -195,14 +238,15 @@ def test_a_run_continues_on_another_topology(config, cache, alone, tmp_path, sta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4])
-def test_killed_at_random_moments(config, cache, tmp_path, count):
+@pytest.mark.parametrize(("count", "sync"), [(1, False), (4, False), (1, True)])
+def test_killed_at_random_moments(config, cache, tmp_path, count, sync):
     """20 times SIGKILL, to a random process at a random moment, then the same command again.
 
     Every other time the moment is after a new checkpoint, else it may be in the start too. `pytest -s` shows each.
     """
     rng, every, run_dir = random.Random(count), 5, tmp_path / "run"
     config = dataclasses.replace(config, steps=100_000, warmup_steps=2, checkpoint_every=every, keep_checkpoints=3)
+    config = dataclasses.replace(config, sync_checkpoints=sync)
     typed = ["smoke", *words(config, run_dir, "decay_steps=1000", devices=count)]
     seen: dict[float, float] = {}  # the loss of every step that was ever recorded
     start_seconds, gained, in_a_save = 10.0, [], 0
@@ -226,8 +270,9 @@ def test_killed_at_random_moments(config, cache, tmp_path, count):
         assert all(steps[step] == seen[step] for step in steps.keys() & seen.keys())
         seen.update(steps)
         last, now = max(steps, default=0), saved_step(run_dir) or 0
-        # The save in progress is lost too, whether or not its directory is there already; the next one waits for it.
-        assert last - now <= 2 * every, (last, now)
+        # The save in progress is lost too, whether or not its directory is there already. The next save waits for it,
+        # or, with synchronous saves, the next step does.
+        assert last - now <= (every if sync else 2 * every), (last, now)
         gained.append(now - complete)
         how = ", in a save" * partial + ", others ended" * alone
         print(f"kill {kill}: process {victim}, {complete} -> {last}, saved {now}{how}")

@@ -169,3 +169,16 @@ def test_lanes_on_a_mesh_and_in_microbatches_are_those_of_one_device():
         np.testing.assert_allclose(other, one, rtol=1e-4)  # a mean of means; three steps of Adam
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3), sharded.lanes, state.lanes)
     assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(sharded.lanes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "documents"), [("transformer", "reset"), ("delta_net", "carry_reset")])
+def test_prefixes_of_a_representation_learn_from_documents_too(name, documents):
+    """Matryoshka with the whole alone is the plain step, bit for bit; with other weights it is another."""
+
+    def loss(**changes):
+        config = train_config(name, documents=documents, **changes)
+        program = build_program(config)
+        return float(program.train_step(program.init(), program.put_batch(random_batch(config)))[1].loss)
+
+    assert loss(matryoshka=(0.0, 0.0, 0.0, 1.0)) == loss() != loss(matryoshka=(1.0, 0.0, 0.0, 0.0))

@@ -9,10 +9,11 @@ from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.config import write_config
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import compressed_bits, eval_file, evaluate
-from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, text_pieces
+from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, text_pieces, token_pieces
 from hope_jax.training.load import load_run
 from hope_jax.training.run_dir import read_seen_bytes
 from hope_jax.training.step import token_losses
+from hope_jax.training.vocabulary import load_vocabulary
 
 ALL = list(range(256))
 
@@ -69,6 +70,23 @@ def test_characters_appear_when_they_are_complete():
     assert "".join(pieces) == "añ→🎉"
     assert pieces[1:3] == ["", "ñ"]
     assert "".join(text_pieces(b"a\xff\xe2\x86")) == "a��"
+
+
+def test_tokens_are_decoded_together_with_those_before_them(tmp_path):
+    """A decoder that leaves out the space before the first word of a text, and one whose tokens are parts of "é"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    words = load_vocabulary(str(tmp_path / "words.json"))
+    prompt = words.encode(["one two"])[0].tolist()
+    assert list(token_pieces([2, 0], words, prompt)) == [" three", " one", ""]
+    assert list(token_pieces([2, 0], words)) == ["three", " one", ""]
+    tokenizer = Tokenizer(models.WordLevel({"Ã": 0, "©": 1, "a": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "bytes.json"))
+    assert list(token_pieces([0, 1, 0], load_vocabulary(str(tmp_path / "bytes.json")), [2])) == ["é", "�"]
 
 
 def test_prompt_with_unseen_bytes_names_them():

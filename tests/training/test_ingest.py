@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hope_jax.training import distributed
 from hope_jax.training import ingest as module
+from hope_jax.training.cache import cache_dir
 from hope_jax.training.errors import UserError
-from hope_jax.training.ingest import cache_dir, ingest
+from hope_jax.training.ingest import ingest
 from hope_jax.training.sources import parse_sources, read_pieces
 from hope_jax.training.vocabulary import load_vocabulary
 
@@ -92,6 +94,26 @@ def test_read_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", [*TEXTS, "more"])
     assert ingest(name, "text", BYTES, said.append).sha256 != first.sha256
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_process_that_is_not_the_first_waits_for_the_one_that_is(tmp_path, monkeypatch, shared):
+    """While it waits the first reads, into the same cache or not; then it has nothing left to do, or all."""
+    name, said, ours = write(tmp_path / "a.jsonl"), [], cache_dir()
+
+    def meanwhile(*_):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "is_first_at", lambda place: True)
+            patch.setattr(distributed, "barrier", lambda *_: None)
+            patch.setenv("HOPE_JAX_CACHE", str(ours if shared else tmp_path / "other"))
+            ingest(name, "text", BYTES, lambda line: said.append("first"))
+
+    monkeypatch.setattr(distributed, "is_first_at", lambda place: False)
+    monkeypatch.setattr(distributed, "barrier", meanwhile)
+    corpus = ingest(name, "text", BYTES, lambda line: said.append("ours"))
+    assert said == (["first"] if shared else ["first", "ours"])
+    assert len(documents(corpus)) + len(documents(corpus, "validation")) == len(TEXTS)
+    assert len(list(ours.iterdir())) == 1
 
 
 def test_a_reading_that_fails_leaves_nothing(tmp_path):

@@ -3,57 +3,36 @@
 import dataclasses
 import json
 import signal
-import sys
-import time
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
+from hope_jax.training.checkpoint import saved_steps
 from hope_jax.training.config import MeshConfig, read_config, write_config
 from hope_jax.training.data import TrainBatches
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import evaluate
-from hope_jax.training.goodput import read_goodput
 from hope_jax.training.load import load_run
 from hope_jax.training.loop import train
-from hope_jax.training.metrics import TIMED, MetricsWriter, read_metrics
-from hope_jax.training.profile import Steps
-from hope_jax.training.progress import Display
-from hope_jax.training.run_dir import remove_run
-from hope_jax.training.utilisation import model_flops
-from hope_jax.training.versus import opponent
-
-
-def records(run_dir):
-    """metrics.jsonl without what depends on the clock."""
-    return [{key: value for key, value in record.items() if key not in TIMED} for record in read_metrics(run_dir)]
+from tests.training.conftest import records
 
 
 def assert_same_state(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """An uninterrupted run of six steps."""
-    return train(small, tmp_path_factory.mktemp("whole") / "run")
-
-
-def interrupt_at(monkeypatch, step):
+def interrupt_at(monkeypatch, at):
     """A Ctrl-C while the batch of a step is made."""
-    make = TrainBatches.__getitem__
+    make = TrainBatches.rows
 
-    def make_and_interrupt(self, index):
-        if index == step:
+    def make_and_interrupt(self, step, which):
+        if step == at:
             signal.raise_signal(signal.SIGINT)
-        return make(self, index)
+        return make(self, step, which)
 
-    monkeypatch.setattr(TrainBatches, "__getitem__", make_and_interrupt)
+    monkeypatch.setattr(TrainBatches, "rows", make_and_interrupt)
 
 
 def test_run_directory(whole):
@@ -62,76 +41,6 @@ def test_run_directory(whole):
     assert sorted(path.name for path in (whole.run_dir / "ckpt").iterdir()) == ["4", "6"]  # the two latest
     assert (whole.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(whole.run_dir.rglob("*.pkl"))
-
-
-def test_records(whole, small):
-    training = [record for record in records(whole.run_dir) if "loss" in record]
-    assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
-    keys = {"step", "loss", "bits_per_byte", "grad_norm", "update_norm", "params_norm", "learning_rate"}
-    keys |= {"rest/update_norm", "rest/steps_since_update"}
-    assert all(set(record) == keys for record in training)
-    assert training[0]["bits_per_byte"] == pytest.approx(8, rel=0.1)  # nothing is known yet
-    evaluations = {r["step"]: r["validation_bits_per_byte"] for r in records(whole.run_dir) if "loss" not in r}
-    assert set(evaluations) == {3, 6}
-    assert evaluations[6] == whole.validation_bpb < evaluations[3]
-
-
-def test_the_machine_is_in_the_records_and_the_time_in_the_categories(whole):
-    records = read_metrics(whole.run_dir)
-    training = [record for record in records if "loss" in record]
-    assert TIMED - set().union(*training) == {"mfu", "device_memory_bytes"}  # unknown on a CPU
-    assert all(np.diff([record["seconds"] for record in records]) > 0)
-    evaluations = [record for record in records if "loss" not in record]
-    assert all(record["rest/distance"] > 0 and record["seconds"] > 0 for record in evaluations)
-    (found,) = read_goodput(whole.run_dir)
-    assert found.finished and (found.first_step, found.last_step) == (0, 6)
-    assert all(found.seconds[name] > 0 for name in ("step", "compile", "eval", "save", "other"))
-    assert sum(found.seconds.values()) == pytest.approx(found.until - found.began, rel=0.01)
-
-
-def test_the_mfu_where_the_peak_is_known(small, tmp_path):
-    """A peak that makes the numbers readable: the share is the least time over the median time."""
-    config = dataclasses.replace(
-        small, steps=4, eval_every=9, checkpoint_every=9, final_eval_batches=1, peak_flops=1e12
-    )
-    train(config, tmp_path / "run")
-    last = [record for record in read_metrics(tmp_path / "run") if "mfu" in record][-1]
-    assert last["mfu"] * last["step_seconds"] == pytest.approx(model_flops(config).products / 1e12)
-    recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
-    assert model_flops(recomputed) == model_flops(config)
-    assert model_flops(dataclasses.replace(config, accumulate=2)).products == model_flops(config).products
-
-
-def test_a_trace_of_two_steps(small, tmp_path):
-    config = dataclasses.replace(small, steps=3, final_eval_batches=1)
-    train(config, tmp_path / "run", profile=Steps(2, 3))
-    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
-    assert trace.stat().st_size > 1000
-    with pytest.raises(UserError, match=r"takes steps 4 to 5; for example --profile 4:5"):
-        train(dataclasses.replace(config, steps=5), tmp_path / "run", resume=True, profile=Steps(3, 4))
-    with pytest.raises(UserError, match="at step 3 already; give a larger steps"):
-        train(config, tmp_path / "run", resume=True, profile=Steps(3, 3))
-    remove_run(tmp_path / "run")
-    assert not (tmp_path / "run" / "profile").exists()
-
-
-def test_weights_and_biases_gets_the_records_too(small, tmp_path, monkeypatch):
-    """A module in its place: the package is not a dependency."""
-    begun, logged = [], []
-    run = SimpleNamespace(log=lambda values, step: logged.append({"step": step, **values}), finish=lambda: None)
-    fake = ModuleType("wandb")
-    fake.__spec__ = ModuleSpec("wandb", None)
-    fake.init = lambda **options: begun.append(options) or run  # type: ignore[attr-defined]
-    config = dataclasses.replace(small, steps=2, wandb="nested")
-    with pytest.raises(UserError, match=r"wandb=nested needs the package wandb, .*pip install"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    train(config, tmp_path / "run")
-    assert logged == read_metrics(tmp_path / "run")
-    train(dataclasses.replace(config, steps=3), tmp_path / "run", resume=True)
-    assert [options["id"] for options in begun] == 2 * [begun[0]["id"]]
-    assert begun[0]["project"] == "nested" and begun[0]["config"]["steps"] == 2
 
 
 def test_config_of_a_run_names_its_schedule(whole, small):
@@ -212,19 +121,64 @@ def test_gradients_that_wait_for_a_slow_level_survive_a_resume(small, tmp_path, 
 def test_steps_after_the_last_checkpoint_are_repeated_not_lost(whole, small, tmp_path, monkeypatch):
     """A run that dies without a word continues from its checkpoint, and its records are in order."""
 
-    def die(self, step):
+    def die(self, step, which):
         if step == 5:
             raise KeyboardInterrupt
-        return make(self, step)
+        return make(self, step, which)
 
-    make = TrainBatches.__getitem__
+    make = TrainBatches.rows
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainBatches, "__getitem__", die)
+        patch.setattr(TrainBatches, "rows", die)
         train(small, tmp_path / "run")
     second = train(small, tmp_path / "run", resume=True)
     assert second.started_at == 4
     assert_same_state(second.state, whole.state)
     assert records(second.run_dir) == records(whole.run_dir)
+
+
+def test_an_evaluation_in_which_the_run_died_is_made_up_for(small, tmp_path, monkeypatch):
+    """Step 4 is saved and its evaluation is not written down; that of step 2 is, and is not repeated."""
+    config = dataclasses.replace(small, eval_every=2)
+    whole = train(config, tmp_path / "whole")
+    calls = []
+
+    def die(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hope_jax.training.loop.evaluate", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+        second = train(config, tmp_path / "run", resume=True)
+    assert second.started_at == 4 and len(calls) == 4  # steps 2, 4, 4 again, 6
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert_same_state(second.state, whole.state)
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_launcher_sees_progress_however_early_the_kills_come(whole, small, tmp_path, monkeypatch, resume):
+    """Each process dies in its second step, long before a save is due."""
+    config = dataclasses.replace(small, checkpoint_every=100, keep_checkpoints=2)
+    make, calls, reached = TrainBatches.rows, [], []
+
+    def die(self, step, which):
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(self, step, which)
+
+    for _ in range(4):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(TrainBatches, "rows", die)
+            train(config, tmp_path / "run", resume=resume if resume is None or not reached else True)
+        reached.append(saved_steps(tmp_path / "run"))
+    assert reached == ([[1], [1, 2], [2, 3], [3, 4]] if resume is None else 4 * [[]])
+    last = train(config, tmp_path / "run", resume=resume or None)
+    assert_same_state(last.state, whole.state)
 
 
 def test_longer_run_keeps_the_schedule(small, tmp_path):
@@ -364,61 +318,3 @@ def test_run_on_a_mesh_is_loaded_on_one_device(small, tmp_path):
     run = load_run(tmp_path / "run")
     assert len(run.state.step.sharding.device_set) == 1
     assert_same_state(run.state.params, result.state.params)
-
-
-def test_opponent_has_as_many_parameters(small):
-    from hope_jax.models import count_parameters
-
-    ours = dataclasses.replace(
-        small,
-        model=dataclasses.replace(small.model, name="hope_attention", cms_hidden=(40, 40), remat="full"),
-        cms_periods=(1, 2),
-    )
-    theirs = opponent(ours, "transformer")
-    assert theirs.model.name == "transformer" and theirs.cms_periods == ()
-    assert theirs.model.remat == "none"
-    assert count_parameters(theirs.model) == pytest.approx(count_parameters(ours.model), rel=0.01)
-    assert dataclasses.replace(theirs, model=ours.model, cms_periods=(1, 2)) == ours
-    deep = dataclasses.replace(small, model=dataclasses.replace(small.model, name="transformer", layers=3))
-    with pytest.raises(UserError, match="samba alternates 2 mixers"):
-        opponent(deep, "samba")
-    fast = dataclasses.replace(ours, model=dataclasses.replace(ours.model, cms_chunks=(4,)))
-    assert opponent(fast, "hope").model.cms_chunks == (4,)  # levels that adapt, against levels that adapt
-    assert opponent(fast, "delta_net").model.cms_chunks == ()
-    with pytest.raises(UserError, match="choose one with model=NAME"):
-        opponent(small, small.model.name)
-
-
-RECORD = {"loss": 1.0, "bits_per_byte": 1.443, "tokens_per_second": 12_345.6}
-
-
-def test_display_says_the_numbers_without_a_terminal():
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file, Display(console, "hope", steps=100) as display:
-        for step in range(1, 101):
-            display.update(step, {**RECORD, "mfu": 0.1234})
-            time.sleep(0)
-    lines = console.export_text().splitlines()
-    assert len(lines) == 20
-    assert lines[-1] == "hope step 100/100  loss 1.000  1.443 bits/byte  12,346 tokens/s  MFU 12.3%"
-
-
-def test_display_on_a_terminal_shows_what_is_left():
-    console = Console(record=True, width=160, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file, Display(console, "hope", steps=100) as display:
-        display.update(40, RECORD)
-        display._progress.refresh()
-    shown = console.export_text()
-    assert "40/100" in shown and "1.443 bits/byte" in shown and "left" in shown
-
-
-def test_records_cut_short_by_a_crash_are_dropped(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(1, loss=2.0)
-        writer.write(2, loss=1.0)
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 3, "lo')
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
-    with MetricsWriter(tmp_path, resume_step=1) as writer:
-        writer.write(2, loss=1.5)
-    assert [record["loss"] for record in read_metrics(tmp_path)] == [2.0, 1.5]

@@ -1,5 +1,6 @@
 """The training step: the same numbers on every mesh, one compile, slow levels, accumulation, the optimizer."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -135,6 +136,9 @@ def test_the_metrics_of_the_levels_are_what_their_parameters_did(levels):
         moved, whole = apart(after, before)
         assert metrics.level_update_norm == pytest.approx(moved, rel=1e-5, abs=2 * rounding)
         assert metrics.update_norm == pytest.approx(whole, rel=1e-5, abs=2 * rounding)
+        sizes = apart(before, jax.tree.map(np.zeros_like, before))[0]
+        gradients = [ratio * sizes[level] for level, ratio in metrics.level_gradient_ratio.items()]
+        assert len(gradients) == 3 and metrics.grad_norm == pytest.approx(np.linalg.norm(gradients), rel=1e-5)
     assert distances == pytest.approx(apart(history[-1], history[0])[0], rel=1e-5)
     waited = [metrics.level_waited for metrics in told]
     assert [step["level_1"] for step in waited] == [1, 0, 1, 0, 1]
@@ -183,3 +187,20 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(tenfold, once, rtol=50 * EPS)
     np.testing.assert_allclose(moments_tenfold, moments, rtol=50 * EPS)
     np.testing.assert_allclose(np.linalg.norm(moments), 0.1 * 1e-3, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_matryoshka_of_the_whole_alone_is_the_plain_run():
+    """Three steps, bit for bit; with weights on the prefixes they are others."""
+    plain, state, _ = run(config(), 3)
+    alone, other, _ = run(config(matryoshka=(0.0, 0.0, 0.0, 1.0)), 3)
+    np.testing.assert_array_equal(alone, plain)
+    jax.tree.map(np.testing.assert_array_equal, other.params, state.params)
+    assert (run(config(matryoshka=(0.25, 0.25, 0.25, 0.25)), 3)[0] != plain).any()
+
+
+@pytest.mark.slow
+def test_matryoshka_on_eight_devices():
+    settings = config(matryoshka=(0.25, 0.25, 0.25, 0.25))
+    one, eight = (run(dataclasses.replace(settings, mesh=mesh), 5)[0] for mesh in (MeshConfig(), EIGHT))
+    np.testing.assert_allclose(eight, one, rtol=1e-5)

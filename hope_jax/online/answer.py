@@ -1,0 +1,84 @@
+"""An answer while it is made: from tokens to text as soon as it is sure, up to a text that ends it."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+
+from hope_jax.training.errors import UserError
+from hope_jax.training.vocabulary import BYTES, Vocabulary
+
+
+class Answer:
+    """The text of an answer, piece by piece.
+
+    Args:
+      vocabulary: from tokens to text.
+      until: the answer ends before this text; "" does not end it.
+
+    Example:
+      >>> from hope_jax.training.vocabulary import load_vocabulary
+      >>> answer = Answer(load_vocabulary("bytes"), until="\\n\\n")
+      >>> [answer.add(token) for token in "é\\n!\\n\\n".encode()], answer.ended
+      (['', 'é', '', '\\n!', '', ''], True)
+    """
+
+    def __init__(self, vocabulary: Vocabulary, until: str = ""):
+        self.ended = False
+        self._vocabulary, self._until = vocabulary, until
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace") if vocabulary.name == BYTES else None
+        self._tokens: list[int] = []  # of a tokenizer, whose tokens are read together
+        self._decoded = 0  # characters of them
+        self._waiting = ""  # decoded and not yet shown
+
+    def add(self, token: int) -> str:
+        """What is sure of the text with one more token and was not before."""
+        self._waiting += self._decode(token)
+        if self._until and self._until in self._waiting:
+            self.ended = True
+            return self._show(self._waiting.index(self._until))
+        return self._show(len(self._waiting) - _overlap(self._waiting, self._until))
+
+    def end(self) -> str:
+        """The rest, where no more tokens come; what is not UTF-8 becomes the replacement character."""
+        if self.ended:
+            return ""
+        rest = self._decoder.decode(b"", True) if self._decoder else self._vocabulary.decode(self._tokens)
+        return self._waiting + rest[self._decoded :]
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The whole answer; no token is taken after its end."""
+        for token in tokens:
+            yield self.add(token)
+            if self.ended:
+                return
+        yield self.end()
+
+    def _decode(self, token: int) -> str:
+        if self._decoder:
+            return self._decoder.decode(bytes([token]))
+        self._tokens.append(token)
+        text = self._vocabulary.decode(self._tokens)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes that may become a character
+            return ""
+        new, self._decoded = text[self._decoded :], len(text)
+        return new
+
+    def _show(self, count: int) -> str:
+        shown, self._waiting = self._waiting[:count], self._waiting[count:]
+        return shown
+
+
+def check_options(max_tokens: int, temperature: float, top_k: int) -> None:
+    """Refuses an answer that cannot be made.
+
+    Raises:
+      UserError: a value out of range.
+    """
+    if max_tokens < 1 or temperature < 0 or top_k < 0:
+        raise UserError(
+            f"max_tokens must be at least 1, temperature and top_k at least 0; got {max_tokens}, {temperature}, {top_k}"
+        )
+
+
+def _overlap(text: str, end: str) -> int:
+    """How many characters at the end of the text may be the beginning of its end."""
+    return next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)
