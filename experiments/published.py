@@ -34,6 +34,12 @@ _MAD = ("compression", "in_context_recall", "fuzzy_recall", "selective_copying",
 _NEEDLES = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 _ABLATION = ("text of the paper, perplexity", "reasoning of the paper")
 FROM = "bits_from_"  # scores of this name and a place in the context
+FORGOTTEN, GAINED = "bits_forgotten_at_", "bits_gained_at_"  # and an inner learning rate
+_STREAMS = (
+    "At the inner learning rate with the fewest bits of both texts, chosen on the text it is reported on. Of bits "
+)
+_STREAMS += "gained more are better. One rate proves nothing: of several levels against one, the curves of "
+_STREAMS += "plots/{}_curve.png decide, and a gain of the levels is one whose curve lies below. "
 
 TABLES = {
     "formal_languages": Table(
@@ -157,5 +163,20 @@ TABLES = {
         best=("bits_test",),
         note="The learning rate of each is the best on the test images. The paper shows a plot only (Figure 11, "
         "ImageNet-21K): M3 lowest on both, below Muon and AdamW.",
+    ),
+    "domain_stream": Table(
+        title="Streams A → B: bits per byte of A and B after B / of A forgotten while B was learned / of B gained",
+        scores=("bits_both", "bits_forgotten", "bits_gained"),
+        best=("bits_both",),
+        note=_STREAMS.format("domain_stream") + "The paper reports no such experiment.",
+    ),
+    "languages": Table(
+        title="Two languages, one after the other: bits per byte of both in the end / of the first forgotten while the "
+        "second was learned / of the second gained",
+        scores=("bits_both", "bits_forgotten", "bits_gained"),
+        best=("bits_both",),
+        note=_STREAMS.format("languages") + "The paper's experiment is a plot only (Figure 8: chrF of translations "
+        "from Manchu and Kalamang; in sequence the learner in context falls back to what training gave, and more "
+        "levels recover it); here texts are predicted and nothing is translated.",
     ),
 }

@@ -45,7 +45,7 @@ class Chunks(NamedTuple):
     taught_BNC: jax.Array  # the token and its target are real
 
 
-def with_fast_levels(config: ModelConfig) -> LM:
+def with_fast_levels(config: ModelConfig, eta: jax.Array | None = None) -> LM:
     """The model of `config` with the levels of `config.fast_chunks` written in context.
 
     Each row has its own fast weights. They start at the parameters, so the outer gradient reaches those
@@ -53,6 +53,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
 
     Args:
       config: has at least one fast level.
+      eta: in the place of `config.cms_eta`, a number that may be traced: one program for many learning rates.
 
     Returns:
       `LM(init, init_state, apply, reset)`. `apply` reads inputs only: the target of a token is the next one.
@@ -66,7 +67,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
     """
     model = skeleton(config)
     size, start_weights = config.fast_chunks[0], fast_weights(config).take
-    nested = functools.partial(_nest, config, model)
+    nested = functools.partial(_nest, config, model, config.cms_eta if eta is None else eta)
     nested({})  # refuse bad chunk sizes now, not at the first call
 
     def init_state(params: Params, batch_size: int) -> FastState:
@@ -158,12 +159,12 @@ def with_fast_levels(config: ModelConfig) -> LM:
     return LM(model.init, init_state, apply, reset_rows(init_state))
 
 
-def _nest(config: ModelConfig, model: LM, params: Params) -> Nest:
+def _nest(config: ModelConfig, model: LM, eta: float | jax.Array, params: Params) -> Nest:
     """The nest of one row around the model with these parameters; its clock counts the fastest chunks."""
     sizes, size = config.fast_chunks, config.fast_chunks[0]
     truncation = (*config.bptt_chunks, *(None for _ in sizes))
     levels = [
-        level(None, optax.sgd(config.cms_eta / tokens), tokens // size, bptt_chunks=writes)
+        level(None, optax.sgd(eta / tokens), tokens // size, bptt_chunks=writes)
         for tokens, writes in zip(sizes, truncation, strict=False)
     ]
     phase = _phase_of_chunks(config)

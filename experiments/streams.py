@@ -1,0 +1,359 @@
+"""A trained byte model that goes on learning while texts stream by, and what it knows after each of them.
+
+A stream is read in windows that share one byte. Attention and memories start empty in each window, as in training; the
+weights that learn are carried from window to window and from text to text. After each text what was learned is put
+into the parameters and held-out windows are read with learning switched off.
+
+What learns is a "learner", a word for the grid:
+
+    16,64,256        the levels of these clocks, fast first: in a block's CMS chain its first levels, in a Transformer
+                     the MLPs of its first layers (there any order, "256,64,16" has the slow level at the input).
+                     All else is frozen.
+    64,64,64         one level: the same weights, all written at the same clock
+    meta:16,64,256   the same after training through the writes at `meta_rate` (levels whose starts are meta-learned)
+    all:64           every parameter, by plain gradient descent after each 64 bytes
+    none             nothing: the model as it was trained, with its context of one window
+
+All inner learning rates of a learner are one program (`vmap`), so a cell is a whole curve. A model that diverges, or
+knows less than nothing of a text, counts as 8 bits per byte.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import text
+from experiments.cells import RAW_BITS
+from experiments.context_use import windows
+from experiments.options import Options, at_least, model_config
+from experiments.published import FORGOTTEN, GAINED
+from experiments.running import Job
+from experiments.sources import label, source
+from experiments.training import Scores, cross_entropy, language_model
+from hope_jax.models import ModelConfig, build_lm
+from hope_jax.models.fast_levels import with_fast_levels
+from hope_jax.models.fast_weights import fast_weights
+from hope_jax.training.errors import UserError
+from hope_jax.training.overrides import one_line
+
+type Kind = Literal["levels", "meta", "all"]
+BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions(Options):
+    """Streams after training.
+
+    Attributes:
+      learners: what learns, see the head of `experiments/streams.py`.
+      rates: inner learning rates of each learner.
+      meta_rate: inner learning rate while meta-learners are trained.
+      levels: CMS levels of a block.
+      length: bytes of a window.
+      windows: of each streamed text.
+      test_windows: of each held-out text, spread evenly over it.
+      data: the texts, see `experiments/sources.py`.
+    """
+
+    models: tuple[str, ...] = ("hope_attention",)
+    learners: tuple[str, ...] = ()
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    meta_rate: float = 0.3
+    chunks: tuple[int, ...] = (16,)
+    steps: int = 150
+    batch_size: int = 8
+    levels: int = 3
+    length: int = 512
+    windows: int = 32
+    test_windows: int = 16
+    data: tuple[str, ...] = ()
+
+    GRID: ClassVar[tuple[str, ...]] = ("models", "learners", "learning_rates", "weight_decays", "chunks", "seeds")
+    KNOWN_MODELS: ClassVar[tuple[str, ...]] = ("hope_attention", "hope", "transformer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, dict.fromkeys(("levels", "length", "windows", "test_windows"), 1))
+        for name in self.learners:
+            learner(name)
+        if not self.rates or min(self.rates) < 0:
+            raise UserError(f"rates must be one or more numbers of at least 0; got {list(self.rates)}")
+
+
+class Learner(NamedTuple):
+    """What learns."""
+
+    kind: Kind
+    clocks: tuple[int, ...]  # bytes between writes, of each level; () of nothing
+
+
+def learner(name: str) -> Learner:
+    """A word of the grid.
+
+    Raises:
+      UserError: it is none.
+
+    >>> learner("16,64"), learner("all:32"), learner("none").clocks
+    (Learner(kind='levels', clocks=(16, 64)), Learner(kind='all', clocks=(32,)), ())
+    """
+    if name == "none":
+        return Learner("levels", ())
+    kind, _, clocks = name.rpartition(":")
+    try:
+        found = Learner(kind or "levels", tuple(int(clock) for clock in clocks.split(",")))  # pyright: ignore
+    except ValueError:
+        found = None
+    known = get_args(Kind.__value__)
+    if found is None or found.kind not in known or min(found.clocks) < 1 or (kind == "all" and len(found.clocks) > 1):
+        raise UserError(f"learners are 'none' or clocks like '16,64', 'meta:16,64', 'all:64'; got {name!r}")
+    return found
+
+
+class Moving(NamedTuple):
+    """The weights that learn, and how."""
+
+    start: Callable[[Any], Any]  # params -> weights
+    put: Callable[[Any, Any], Any]  # (params, weights) -> the parameters with them
+    read: Callable[[Any, Any, jax.Array, jax.Array], Any]  # (params, weights, tokens [T + 1], eta) -> weights
+
+
+def moving(config: ModelConfig, who: Learner) -> Moving:
+    """How `who` learns from one window.
+
+    Args:
+      config: the model, with the levels of `who` if these are what learns (`configs`).
+      who: the learner.
+    """
+    if not who.clocks:
+        return Moving(lambda params: (), lambda params, weights: params, lambda params, weights, tokens, eta: weights)
+    return _everything(config, who.clocks[0]) if who.kind == "all" else _levels(config)
+
+
+def _levels(config: ModelConfig) -> Moving:
+    """The last byte of a window is there to be predicted; it teaches, so every whole chunk before it is written."""
+    fast = fast_weights(config)
+
+    def read(params: Any, weights: Any, tokens_T: jax.Array, eta: jax.Array) -> Any:
+        lm = with_fast_levels(config, eta)
+        params = fast.put(params, weights)
+        state, _ = lm.apply(params, lm.init_state(params, 1), tokens_T[None], phase=0)
+        return tuple(jax.tree.map(lambda leaf_B: leaf_B[0], level.start) for level in state.nest.levels)
+
+    return Moving(fast.take, fast.put, read)
+
+
+def _everything(config: ModelConfig, clock: int) -> Moving:
+    """Gradient descent on the mean loss of each chunk, whose past is a constant, as it is for the levels."""
+    lm = build_lm(config)
+    phase = None if config.architecture.cache else 0  # a chunk is whole chunks of the memories
+
+    def read(params: Any, weights: Any, tokens_T: jax.Array, eta: jax.Array) -> Any:
+        del params
+
+        def step(carry: Any, chunk: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            weights, state = carry
+            tokens_C, targets_C = chunk
+
+            def loss(weights: Any):
+                after, logits_BCV = lm.apply(weights, state, tokens_C[None], phase=phase)
+                return nats(logits_BCV, targets_C[None]), after
+
+            gradient, state = jax.grad(loss, has_aux=True)(weights)
+            return (jax.tree.map(lambda w, g: w - eta * g, weights, gradient), state), None
+
+        chunks = tokens_T[:-1].reshape(-1, clock), tokens_T[1:].reshape(-1, clock)
+        return jax.lax.scan(step, (weights, lm.init_state(weights, 1)), chunks)[0][0]
+
+    return Moving(lambda params: params, lambda params, weights: weights, read)
+
+
+def nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """The mean over all places."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT).mean()
+
+
+class Learners(NamedTuple):
+    """Learners that differ in their learning rate alone; R of them."""
+
+    start: Callable[[Any], Any]  # params -> weights [R, ...]
+    learn: Callable[[Any, Any, np.ndarray], Any]  # (params, weights, windows [N, T + 1]) -> weights
+    measure: Callable[[Any, Any, np.ndarray], np.ndarray]  # (params, weights, held-out windows [M, T + 1]) -> bits [R]
+
+
+def learners(base: ModelConfig, moving: Moving, rates: Sequence[float]) -> Learners:
+    """How texts stream through learners with these rates, and what held-out windows cost with what they learned.
+
+    Args:
+      base: the model without fast levels.
+      moving: the weights that learn.
+      rates: [R].
+    """
+    model, etas_R = language_model(base), jnp.asarray(rates, jnp.float32)
+
+    def start(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), moving.start(params))
+
+    @jax.jit
+    def learn(params: Any, weights_R: Any, windows_NT: jax.Array) -> Any:
+        def one(weights: Any, eta: jax.Array) -> Any:
+            def window(weights: Any, tokens_T: jax.Array) -> tuple[Any, None]:
+                return moving.read(params, weights, tokens_T.astype(jnp.int32), eta), None
+
+            return jax.lax.scan(window, weights, windows_NT)[0]
+
+        return jax.vmap(one)(weights_R, etas_R)
+
+    @jax.jit
+    def measure(params: Any, weights_R: Any, windows_MT: jax.Array) -> jax.Array:
+        tokens_MT = windows_MT.astype(jnp.int32)
+
+        def one(at: tuple[Any, jax.Array]) -> jax.Array:
+            logits_MTV = model.apply(moving.put(params, at[0]), tokens_MT[:, :-1])
+            bits = nats(logits_MTV, tokens_MT[:, 1:]) / math.log(2)
+            return jnp.where(bits < RAW_BITS, bits, RAW_BITS)
+
+        return jax.lax.map(one, (weights_R, etas_R))
+
+    return Learners(start, learn, measure)
+
+
+def trace(learners: Learners, params: Any, texts: Sequence[np.ndarray], tests: Sequence[np.ndarray]) -> np.ndarray:
+    """[R, 1 + texts, tests] bits per byte of every held-out text before the first text and after each.
+
+    Args:
+      learners: R of them.
+      params: trained.
+      texts: windows [N, T + 1] each, streamed in this order.
+      tests: held-out windows [M, T + 1] each.
+    """
+    weights = learners.start(params)
+    found = [[learners.measure(params, weights, shown) for shown in tests]]
+    for streamed in texts:
+        weights = learners.learn(params, weights, streamed)
+        # What was learned could be consolidated here (spec 11.4), weights -> weights.
+        found.append([learners.measure(params, weights, shown) for shown in tests])
+    return np.asarray(found).transpose(2, 0, 1)
+
+
+class TradeOff(NamedTuple):
+    """[R] each, bits per byte."""
+
+    forgotten: np.ndarray  # of the first text while the second was learned
+    gained: np.ndarray  # on the second
+    both: np.ndarray  # what the two have in the mean in the end
+
+
+def trade_off(before_RT: np.ndarray, after_RT: np.ndarray) -> TradeOff:
+    """From the bits of the (first, second) text before and after the second was streamed.
+
+    >>> trade_off(np.array([[3.0, 5.0]]), np.array([[3.5, 4.0]]))
+    TradeOff(forgotten=array([0.5]), gained=array([1.]), both=array([3.75]))
+    """
+    change_RT = after_RT - before_RT
+    return TradeOff(change_RT[:, 0], -change_RT[:, 1], after_RT.mean(axis=1))
+
+
+def curve(rates: Sequence[float], found: TradeOff) -> tuple[int, Scores]:
+    """The best rate's number, that with the fewest bits of both texts, and the scores of all rates and of this one."""
+    best = int(found.both.argmin())
+    scores = {name: float(getattr(found, name.removeprefix("bits_"))[best]) for name in SUMMARY}
+    for i, rate in enumerate(rates):
+        scores |= {f"{FORGOTTEN}{rate:g}": float(found.forgotten[i]), f"{GAINED}{rate:g}": float(found.gained[i])}
+    return best, scores
+
+
+SUMMARY = ("bits_both", "bits_forgotten", "bits_gained")
+
+
+def configs(cell: StreamOptions) -> tuple[ModelConfig, ModelConfig]:
+    """The model of a cell without and with the levels of its learner.
+
+    Raises:
+      UserError: the model has no such levels, or its windows are not whole chunks of them.
+    """
+    who = learner(cell.learners[0])
+    base = model_config(cell, vocab_size=BYTES, length=cell.length + 1, levels=cell.levels)
+    for clock in who.clocks:
+        if cell.length % clock:
+            raise UserError(f"length must be a multiple of every clock; got {cell.length} and {clock}")
+    if base.cms_variant == "nested":
+        raise UserError("nested levels start again with every window; stream sequential or independent ones")
+    if who.kind == "all":
+        slowest = 1 if base.architecture.cache else max(base.chunk_proj, base.chunk_mem)
+        if who.clocks[0] % slowest:
+            raise UserError(
+                f"the clock of 'all' must be a multiple of the memories' chunk {slowest}; got {who.clocks[0]}"
+            )
+        return base, base
+    field = "cms_chunks" if base.has_cms else "mlp_chunks"
+    clocks = who.clocks if base.has_cms or not who.clocks else (*who.clocks, *[None] * (base.layers - len(who.clocks)))
+    try:
+        return base, dataclasses.replace(base, **{field: clocks}, cms_eta=cell.meta_rate)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def prepare_streams(
+    cell: StreamOptions, train: np.ndarray, scores: Callable[[Callable[..., np.ndarray], Sequence[float]], Scores]
+) -> Job:
+    """What one cell computes: a model trained on `train`, and its `scores` after streams.
+
+    Args:
+      cell: one cell.
+      train: the text of the training.
+      scores: (stream, rates) -> scores, where `stream(texts, tests)` is `trace` with all else given.
+    """
+    [seed], [name] = cell.seeds, cell.learners
+    who = learner(name)
+    base, config = configs(cell)
+    rates = cell.rates if who.clocks else (0.0,)
+    streaming = learners(base, moving(config, who), rates)
+
+    def evaluate(params: Any) -> Scores:
+        return scores(lambda texts, tests: trace(streaming, params, texts, tests), rates)
+
+    return Job(
+        " → ".join(map(label, cell.data)),
+        "",
+        config,
+        language_model(config if who.kind == "meta" else base),
+        text.stream(train, seed, cell.batch_size, cell.length),
+        cross_entropy,
+        evaluate,
+        dataclasses.replace(cell, eval_every=cell.steps),  # the streams are read once, after training
+        row=f"{cell.models[0]}, {name}",
+    )
+
+
+def cut(streamed: np.ndarray, cell: StreamOptions) -> np.ndarray:
+    """[windows, length + 1] of a text, one after the other, from a place that the seed draws.
+
+    Raises:
+      UserError: the text is too short.
+    """
+    size = cell.windows * cell.length
+    if streamed.size <= size:
+        raise UserError(
+            f"a text of {streamed.size} bytes has no {cell.windows} windows of {cell.length}; lower --windows or give "
+            "a longer one"
+        )
+    begin = np.random.default_rng(cell.seeds).integers(streamed.size - size)
+    return np.stack([streamed[i : i + cell.length + 1] for i in range(begin, begin + size, cell.length)])
+
+
+def held_out(name: str, cell: StreamOptions) -> np.ndarray:
+    """[test_windows, length + 1] of the held-out part of a source; the same for all seeds.
+
+    Raises:
+      UserError: the part is shorter than a window.
+    """
+    size = source(name).validation.size
+    if size <= cell.length:
+        raise UserError(f"{name} has {size} held-out bytes; lower --length {cell.length} or give a longer text")
+    return windows(source(name).validation, cell.test_windows, cell.length)
