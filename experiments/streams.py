@@ -20,7 +20,7 @@ knows less than nothing of a text, counts as 8 bits per byte.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
@@ -31,11 +31,11 @@ import optax
 from experiments import text
 from experiments.cells import RAW_BITS
 from experiments.context_use import windows
-from experiments.options import Options, at_least, model_config
+from experiments.options import Options, at_least, fingerprint, model_config
 from experiments.published import FORGOTTEN, GAINED
 from experiments.running import Job
 from experiments.sources import label, source
-from experiments.training import Scores, cross_entropy, language_model
+from experiments.training import Batch, Model, Scores, Trained, cross_entropy, language_model, train
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.models.fast_levels import with_fast_levels
 from hope_jax.models.fast_weights import fast_weights
@@ -63,11 +63,13 @@ class StreamOptions(Options):
 
     models: tuple[str, ...] = ("hope_attention",)
     learners: tuple[str, ...] = ()
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    meta_rate: float = 0.3
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    meta_rate: float = 0.1
+    learning_rates: tuple[float, ...] = (1e-2,)
+    warmup: int = 20
     chunks: tuple[int, ...] = (16,)
-    steps: int = 150
-    batch_size: int = 8
+    steps: int = 200
+    batch_size: int = 4
     levels: int = 3
     length: int = 512
     windows: int = 32
@@ -328,7 +330,23 @@ def prepare_streams(
         evaluate,
         dataclasses.replace(cell, eval_every=cell.steps),  # the streams are read once, after training
         row=f"{cell.models[0]}, {name}",
+        train=train_once,
     )
+
+
+TRAINED: dict[str, Trained] = {}  # by the settings that training depends on
+
+
+def train_once(
+    model: Model, batches: Iterator[Batch], loss: Any, evaluate: Any, cell: StreamOptions, **how: Any
+) -> Trained:
+    """As `train`, but learners that start at the same parameters share their training."""
+    who = cell.learners[0] if learner(cell.learners[0]).kind == "meta" else "plain"
+    key = fingerprint(dataclasses.replace(cell, learners=(), rates=(0.0,), windows=1, test_windows=1)) + who
+    if key not in TRAINED:
+        TRAINED[key] = train(model, batches, loss, lambda params: {}, cell, **how)
+    found = TRAINED[key]
+    return found if found.failed else found._replace(curve=[(found.steps, evaluate(found.params))])
 
 
 def cut(streamed: np.ndarray, cell: StreamOptions) -> np.ndarray:

@@ -14,6 +14,7 @@ from experiments import domain_stream, languages, plots, streams
 from experiments.cells import table_cells
 from experiments.published import TABLES
 from experiments.streams import StreamOptions, TradeOff, curve, cut, learner, learners, moving, trace
+from experiments.training import Trained
 from hope_jax.models import build_lm
 from hope_jax.training.errors import UserError
 from tests.experiments.test_report import record
@@ -64,21 +65,19 @@ def test_two_windows_are_two_steps_of_gradient_descent(who):
 
 @pytest.mark.parametrize("who", [f"{T}", f"all:{T}"])
 def test_without_a_learning_rate_nothing_is_learned(who):
-    """Bit for bit what the trained model knows, before and after; and that is the loss of the model."""
+    """Bit for bit what the trained model knows, before and after; and that is the loss of the model.
+
+    With a rate, each time the streamed text is known better; what diverged knows nothing.
+    """
     base, lm, params, how = built(who)
-    found = trace(learners(base, how, (0.0, 4.0)), params, [WINDOWS, WINDOWS], [TEST, WINDOWS])
-    assert found.shape == (2, 3, 2)
-    assert (found[0] == found[0, 0]).all() and (found[1, 0] == found[0, 0]).all()
-    assert (found[1, 1:] != found[1, 0]).all()
-    none, how_none = built("none")[0], built("none")[3]
-    np.testing.assert_array_equal(trace(learners(none, how_none, (0.0,)), params, [WINDOWS], [TEST]), found[:1, :2, :1])
-    expected = float(jax.jit(functools.partial(mean_nats, lm))(params, TEST)) / math.log(2)
-    np.testing.assert_allclose(found[0, 0, 0], expected, rtol=1e-6)
-
-
-def test_what_diverged_knows_nothing():
-    base, _, params, how = built(f"all:{T}")
-    assert trace(learners(base, how, (1e30,)), params, [WINDOWS], [TEST])[0, 1, 0] == 8.0
+    found = trace(learners(base, how, (0.0, 0.5, 1e30)), params, [WINDOWS, WINDOWS], [TEST, WINDOWS])
+    assert found.shape == (3, 3, 2)
+    assert (found[0] == found[0, 0]).all() and (found[1:, 0] == found[0, 0]).all()
+    assert (np.diff(found[1, :, 1]) < -1e-3).all() and (found[2, 1:] == 8.0).all()
+    expected = float(jax.jit(functools.partial(mean_nats, lm))(params, WINDOWS)) / math.log(2)
+    np.testing.assert_allclose(found[0, 0, 1], expected, rtol=1e-6)
+    nothing = learners(base, moving(base, learner("none")), (0.0,))
+    assert (trace(nothing, params, [WINDOWS], [TEST, WINDOWS]) == found[0, 0]).all()
 
 
 def test_forgetting_by_hand():
@@ -148,6 +147,27 @@ def test_what_the_model_cannot_do(changes, message):
 def test_order_in_depth_is_free():
     config = streams.configs(dataclasses.replace(CELL, layers=3, learners=("8,2",)))[1]
     assert config.mlp_chunks == (8, 2, None)
+
+
+def test_learners_share_the_training_they_start_from(monkeypatch):
+    """One training for learners without meta-learned starts, whatever they and their rates are."""
+    trainings = []
+
+    def train(model, batches, loss, evaluate, cell, **how):
+        trainings.append(cell.learners[0])
+        return Trained({"trained": len(trainings)}, 1, [(1, evaluate(None))], 0.0, 0.0, 0.0, None, None)
+
+    monkeypatch.setattr(streams, "train", train)
+    monkeypatch.setattr(streams, "TRAINED", {})
+
+    def params(**changes):
+        cell = dataclasses.replace(CELL, **changes)
+        found = streams.train_once(None, None, None, lambda params: {"bits": params["trained"]}, cell)  # pyright: ignore
+        return found.scores["bits"]
+
+    assert [params(learners=(who,)) for who in ("none", "4", "all:8", "meta:4", "meta:8", "4,8")] == [1, 1, 1, 2, 3, 1]
+    assert (params(rates=(0.5,)), params(seeds=(1,)), params(steps=3)) == (1, 4, 5)
+    assert trainings[:3] == ["none", "meta:4", "meta:8"]
 
 
 def test_the_curve_is_drawn_from_the_records():
