@@ -3,7 +3,7 @@
     python -m experiments.domain_stream [--data A B] [--learners 16,64,256 64,64,64 ...] [--rates 0.1 1 ...] [--tiny]
 
 A byte model is trained on the first 60% of A's training text. Then it streams a part of the rest of A, text of B, and
-the other part of the rest of A, learning as its learner does (`experiments/streams.py`). Held-out A and B are read
+the other part of the rest of A, learning as its learner does (`experiments/learners.py`). Held-out A and B are read
 with learning switched off after each:
 
     forgotten    bits per byte of A after B less those before B (after the first stream of A)

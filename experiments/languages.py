@@ -4,7 +4,7 @@
 
 In the manner of the paper's continual translation, without translating: a byte model is trained on a language at home
 (English), then streams a first (Basque) and a second (Swahili) language, learning as its learner does
-(`experiments/streams.py`); texts are parallel, and every tenth chapter of each is held out. Read with learning
+(`experiments/learners.py`); texts are parallel, and every tenth chapter of each is held out. Read with learning
 switched off:
 
     forgotten    bits per byte of the first after the second less those right after the first

@@ -43,10 +43,11 @@ def source(name: str) -> Corpus:
 def label(name: str) -> str:
     """What a table calls a source.
 
-    >>> label("data/bible/Basque-NT.xml"), label("data/tinyshakespeare"), label("generated-1")
-    ('Basque-NT', 'tinyshakespeare', 'generated-1')
+    >>> label("data/bible/Basque-NT.xml"), label("data/wikitext2/valid.txt"), label("generated-1")
+    ('bible/Basque-NT', 'wikitext2/valid', 'generated-1')
     """
-    return Path(name).stem
+    path = Path(name)
+    return f"{path.parent.name}/{path.stem}" if path.suffix else path.name
 
 
 def generated(number: int) -> Corpus:

@@ -27,7 +27,7 @@ def test_chapters_of_xml_are_lines_of_verses(tmp_path):
     path = tmp_path / "Basque-NT.xml"
     path.write_text(XML)
     assert sources.chapters_of_xml(path) == ["Liburuä one & two\nthree", "four"]
-    assert sources.label(str(path)) == "Basque-NT"
+    assert sources.label(str(path)) == f"{tmp_path.name}/Basque-NT"
 
 
 def test_a_folder_of_books_is_one_text_without_every_tenth_chapter(tmp_path):
