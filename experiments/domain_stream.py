@@ -14,6 +14,10 @@ with learning switched off after each:
 Every inner learning rate is a point and every learner a curve, in plots/domain_stream_curve.png. A smaller rate forgets
 less too, so several levels are better than one where their curve lies below those of one level (64,64,64: the same
 weights, all at one clock), at the gains that both reach.
+
+Cost at the defaults, in processor time of a busy two-core machine: a minute of training, shared by the learners of one
+call unless their starts are meta-learned, and about 40 seconds more per learner. A training step through the writes
+cost five times a plain one.
 """
 
 import dataclasses

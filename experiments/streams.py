@@ -50,7 +50,7 @@ class StreamOptions(Options):
 
     models: tuple[str, ...] = ("hope_attention",)
     learners: tuple[str, ...] = ()
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     meta_rate: float = 0.1
     learning_rates: tuple[float, ...] = (1e-2,)
     warmup: int = 20
