@@ -6,8 +6,8 @@ A byte model is trained on the first 60% of A's training text. Then it streams a
 the other part of the rest of A, learning as its learner does (`experiments/learners.py`). Held-out A and B are read
 with learning switched off after each:
 
-    forgotten    bits per byte of A after B less those before B (after the first stream of A)
-    gained       bits per byte of B before B less those after it
+    forgotten    bits per byte of A after B, less the fewest before (as trained, or after the first stream of A)
+    gained       the fewest bits per byte of B before it was streamed, less those after it
     both         the mean of A and B after B
     at best      the bits of A and B before B, after B and after the second A, at the rate that is best for "both"
 
@@ -68,7 +68,7 @@ TINY = DomainOptions(
 
 def scores(bits_RPT: np.ndarray, rates: Sequence[float]) -> Scores:
     """From the bits of A and B before the streams and after A, B and A."""
-    best, found = curve(rates, trade_off(bits_RPT[:, 1], bits_RPT[:, 2]))
+    best, found = curve(rates, trade_off(bits_RPT[:, :3]))
     for phase, when in enumerate(("start", "before", "after", "again")):
         found |= {f"bits_{name}_{when}": float(bits_RPT[best, phase, i]) for i, name in enumerate("ab")}
     return found

@@ -7,8 +7,8 @@ In the manner of the paper's continual translation, without translating: a byte 
 (`experiments/learners.py`); texts are parallel, and every tenth chapter of each is held out. Read with learning
 switched off:
 
-    forgotten    bits per byte of the first after the second less those right after the first
-    gained       bits per byte of the second before it was streamed less those after it
+    forgotten    bits per byte of the first in the end, less the fewest before (as trained, or right after the first)
+    gained       the fewest bits per byte of the second before it was streamed, less those in the end
     both         the mean of the two in the end
     at best      home, first and second at the start, after the first, and in the end, and the second alone (streamed
                  by the trained model that never saw the first), at the rate that is best for "both"
@@ -53,7 +53,7 @@ TINY = LanguageStreamOptions(**{**_same, "data": LanguageStreamOptions.data})
 
 def scores(bits_RPT: np.ndarray, alone_R: np.ndarray, rates: Sequence[float]) -> Scores:
     """From the bits of (home, first, second) before the streams and after each, and of the second alone."""
-    best, found = curve(rates, trade_off(bits_RPT[:, 1, 1:], bits_RPT[:, 2, 1:]))
+    best, found = curve(rates, trade_off(bits_RPT[:, :, 1:]))
     for phase, when in enumerate(("start", "between", "end")):
         names = ("home", "first", "second")
         found |= {f"bits_{name}_{when}": float(bits_RPT[best, phase, i]) for i, name in enumerate(names)}

@@ -50,7 +50,7 @@ class StreamOptions(Options):
 
     models: tuple[str, ...] = ("hope_attention",)
     learners: tuple[str, ...] = ()
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     meta_rate: float = 0.1
     learning_rates: tuple[float, ...] = (1e-2,)
     warmup: int = 20
@@ -141,18 +141,21 @@ def trace(learners: AtRates, params: Any, texts: Sequence[np.ndarray], tests: Se
 class TradeOff(NamedTuple):
     """[R] each, bits per byte."""
 
-    forgotten: np.ndarray  # of the first text while the second was learned
-    gained: np.ndarray  # on the second
-    both: np.ndarray  # what the two have in the mean in the end
+    forgotten: np.ndarray  # of the first text: what it costs in the end, less the least it ever cost before
+    gained: np.ndarray  # on the second: the least it ever cost before, less what it costs in the end
+    both: np.ndarray  # what the two cost in the mean in the end
 
 
-def trade_off(before_RT: np.ndarray, after_RT: np.ndarray) -> TradeOff:
-    """From the bits of the (first, second) text before and after the second was streamed.
+def trade_off(bits_RPT: np.ndarray) -> TradeOff:
+    """From the bits of the (first, second) text at the start, then after each text up to the second.
 
-    >>> trade_off(np.array([[3.0, 5.0]]), np.array([[3.5, 4.0]]))
+    Before means at best: a learner that ruins the first text while it streams that one has not forgotten nothing.
+
+    >>> trade_off(np.array([[[3.0, 5.0], [3.25, 5.5], [3.5, 4.0]]]))
     TradeOff(forgotten=array([0.5]), gained=array([1.]), both=array([3.75]))
     """
-    change_RT = after_RT - before_RT
+    after_RT = bits_RPT[:, -1]
+    change_RT = after_RT - bits_RPT[:, :-1].min(axis=1)
     return TradeOff(change_RT[:, 0], -change_RT[:, 1], after_RT.mean(axis=1))
 
 

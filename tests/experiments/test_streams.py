@@ -14,7 +14,7 @@ from experiments import domain_stream, languages, plots, streams
 from experiments.cells import table_cells
 from experiments.learners import learner, moving
 from experiments.published import TABLES
-from experiments.streams import StreamOptions, TradeOff, at_rates, curve, cut, trace
+from experiments.streams import StreamOptions, TradeOff, at_rates, curve, cut, trace, trade_off
 from experiments.training import Trained
 from hope_jax.models import build_lm
 from hope_jax.training.errors import UserError
@@ -80,9 +80,9 @@ def test_without_a_learning_rate_nothing_is_learned(who):
 
 
 def test_forgetting_by_hand():
-    """A: 3 before, 3.5 and 3.1 after B at two rates; B: 5 before, 4 and 4.8 after."""
+    """A: 3 at best before, 3.5 and 3.1 after B at two rates; B: 5 at best before, 4 and 4.8 after."""
     bits = np.array(
-        [[[3.2, 5.1], [3.0, 5.0], [3.5, 4.0], [3.0, 4.2]], [[3.2, 5.1], [3.0, 5.0], [3.1, 4.8], [3.0, 4.9]]]
+        [[[3.2, 5.1], [3.0, 5.0], [3.5, 4.0], [3.0, 4.2]], [[3.0, 5.0], [3.3, 5.1], [3.1, 4.8], [3.0, 4.9]]]
     )
     found = domain_stream.scores(bits, (1.0, 0.1))
     expected = {"bits_both": 3.75, "bits_forgotten": 0.5, "bits_gained": 1.0}
@@ -91,6 +91,11 @@ def test_forgetting_by_hand():
     expected |= {"bits_a_start": 3.2, "bits_a_before": 3.0, "bits_a_after": 3.5, "bits_a_again": 3.0}
     expected |= {"bits_b_start": 5.1, "bits_b_before": 5.0, "bits_b_after": 4.0, "bits_b_again": 4.2}
     assert found == pytest.approx(expected)
+
+
+def test_a_learner_that_diverged_at_once_has_forgotten():
+    forgotten, gained, both = trade_off(np.array([[[3.0, 5.0], [8.0, 8.0], [8.0, 8.0]]]))
+    assert (forgotten[0], gained[0], both[0]) == (5.0, -3.0, 8.0)
 
 
 def test_languages_by_hand():
