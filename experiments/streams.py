@@ -154,9 +154,8 @@ def trade_off(bits_RPT: np.ndarray) -> TradeOff:
     >>> trade_off(np.array([[[3.0, 5.0], [3.25, 5.5], [3.5, 4.0]]]))
     TradeOff(forgotten=array([0.5]), gained=array([1.]), both=array([3.75]))
     """
-    after_RT = bits_RPT[:, -1]
-    change_RT = after_RT - bits_RPT[:, :-1].min(axis=1)
-    return TradeOff(change_RT[:, 0], -change_RT[:, 1], after_RT.mean(axis=1))
+    before_RT, after_RT = bits_RPT[:, :-1].min(axis=1), bits_RPT[:, -1]
+    return TradeOff(after_RT[:, 0] - before_RT[:, 0], before_RT[:, 1] - after_RT[:, 1], after_RT.mean(axis=1))
 
 
 def curve(rates: Sequence[float], found: TradeOff) -> tuple[int, Scores]:
