@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.languages import LANGUAGES, Language
+from experiments.formal_strings import LANGUAGES, Language
 from experiments.options import TINY_RESULTS, Options, available, model_config
 from experiments.running import Job, main
 from experiments.training import Batch, Model, Scores, language_model

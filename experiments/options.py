@@ -148,8 +148,10 @@ def command(experiment: str, cell: Options) -> str:
     return shlex.join(words)
 
 
-def model_config(cell: Options, *, vocab_size: int, length: int, **fields: Any) -> ModelConfig:
+def model_config(cell: Options, *, vocab_size: int, length: int, levels: int = 2, **fields: Any) -> ModelConfig:
     """The model of a cell, for sequences of up to `length` tokens; `fields` are what its task asks for.
+
+    A CMS chain has `levels` levels.
 
     Blocks are recomputed in the backward pass because on a CPU that is faster than writing the states of memories out.
     Self-modifying memories with momentum start with a small step and clip their errors (experiments/LOG.md for both).
@@ -168,7 +170,7 @@ def model_config(cell: Options, *, vocab_size: int, length: int, **fields: Any) 
             memory_hidden=cell.head_width,
             chunk_proj=chunk,
             chunk_mem=chunk,
-            cms_hidden=(2 * cell.dim, 2 * cell.dim),
+            cms_hidden=(2 * cell.dim,) * levels,
             max_length=length,
             tie_embeddings=False,
             remat="full",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Best, columns_of, scores_of
-from experiments.published import AT, ETA, FROM, GATE, PREFIXES, TUNED, WRITTEN, Table
+from experiments.published import AT, ETA, FORGOTTEN, FROM, GAINED, GATE, PREFIXES, TUNED, WRITTEN, Table
 from experiments.training import in_bits
 
 type Cells = Mapping[tuple[str, str], Mapping[str, Best]]
@@ -220,8 +220,30 @@ def against_clock(cells: Cells, table: Table) -> Any:
     return figure
 
 
+def against_gain(cells: Cells, table: Table) -> Any:
+    """Forgetting over gain, a panel per sequence of texts, a curve per learner through its inner learning rates.
+
+    Rates that lost on the second text are outside.
+    """
+    columns = columns_of(table, cells)
+    figure, panels = figure_of(len(columns), width=7)
+    for axes, column in zip(panels, columns, strict=True):
+        for (model, name), settings in sorted(cells.items()):
+            for best in settings.values() if name == column else ():
+                rates = [score.removeprefix(GAINED) for score in best.records[0].scores if score.startswith(GAINED)]
+                rates = [rate for rate in rates if best.mean(GAINED + rate) >= 0]
+                x, y = ([best.mean(score + rate) for rate in rates] for score in (GAINED, FORGOTTEN))
+                axes.plot(x, y, "o-", label=model)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(title=column, xlabel="gained on the second, bits per byte", ylabel="forgotten of the first")
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
 CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
 CURVES |= {"matryoshka": {"_width": against_width}}
+CURVES |= {name: {"_curve": against_gain} for name in ("domain_stream", "languages")}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
 CURVES |= {"test_time_learning": {"_curve": against_rate}, "chunk_transfer": {"_matrix": matrix}}
 CURVES |= {"levels_and_frequency": {"_curve": against_clock}}

@@ -41,6 +41,12 @@ AT, TUNED = "bits_at_", "bits_tuned_"  # and a chunk size
 _RATES = (0.1, 0.3, 1.0, 3.0)
 _GATES = ("first_half", "threshold", "surprise", "budget")
 _CHUNKS = tuple(2**i for i in range(11))
+FORGOTTEN, GAINED = "bits_forgotten_at_", "bits_gained_at_"  # and an inner learning rate
+_STREAMS = (
+    "At the inner learning rate with the fewest bits of both texts, chosen on the text it is reported on. Of bits "
+)
+_STREAMS += "gained more are better. One rate proves nothing: of several levels against one, the curves of "
+_STREAMS += "plots/{}_curve.png decide, and a gain of the levels is one whose curve lies below. "
 
 TABLES = {
     "formal_languages": Table(
@@ -198,5 +204,20 @@ TABLES = {
         best=("bits_test",),
         note="The learning rate of each is the best on the test images. The paper shows a plot only (Figure 11, "
         "ImageNet-21K): M3 lowest on both, below Muon and AdamW.",
+    ),
+    "domain_stream": Table(
+        title="Streams A → B: bits per byte of A and B after B / of A forgotten while B was learned / of B gained",
+        scores=("bits_both", "bits_forgotten", "bits_gained"),
+        best=("bits_both",),
+        note=_STREAMS.format("domain_stream") + "The paper reports no such experiment.",
+    ),
+    "languages": Table(
+        title="Two languages, one after the other: bits per byte of both in the end / of the first forgotten while the "
+        "second was learned / of the second gained",
+        scores=("bits_both", "bits_forgotten", "bits_gained"),
+        best=("bits_both",),
+        note=_STREAMS.format("languages") + "The paper's experiment is a plot only (Figure 8: chrF of translations "
+        "from Manchu and Kalamang; in sequence the learner in context falls back to what training gave, and more "
+        "levels recover it); here texts are predicted and nothing is translated.",
     ),
 }

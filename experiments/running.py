@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments import records
 from experiments.options import Options, cells, command, from_command_line, settings
 from experiments.records import Record
-from experiments.training import Batch, Model, Scores, percent, say, state_bytes, train
+from experiments.training import Batch, Model, Scores, Trained, percent, say, state_bytes, train
 from hope_jax.models import ModelConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import to_dict
@@ -33,6 +33,7 @@ class Job(NamedTuple):
     cell: Options  # the cell, with what the task decides itself (steps, width)
     row: str = ""  # of the table; "": the model's name
     tx: optax.GradientTransformation | None = None  # the optimizer; None: `training.optimizer`
+    train: Callable[..., Trained] = train
 
 
 def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], Job]) -> None:
@@ -76,7 +77,8 @@ def run(experiment: str, options: Options, prepare: Callable[[Any], Job], consol
 def compute(experiment: str, cell: Options, job: Job, label: str, console: Console) -> Record:
     """Trains and scores one cell."""
     [name], [seed] = cell.models, cell.seeds
-    trained = train(job.model, job.batches, job.loss, job.evaluate, job.cell, tx=job.tx, label=label, console=console)
+    shown = {"label": label, "console": console}
+    trained = job.train(job.model, job.batches, job.loss, job.evaluate, job.cell, tx=job.tx, **shown)
     speed = trained.tokens_per_second
     return Record(
         experiment=experiment,

@@ -54,11 +54,15 @@ class Chunked(NamedTuple):
     slots: tuple[tuple[int, ...], ...]  # per level its places in the nest's levels; the first holds what reads
 
 
-def chunked(config: ModelConfig) -> Chunked:
+def chunked(config: ModelConfig, eta: jax.Array | None = None) -> Chunked:
     """The model of `config` with the levels of `config.fast_chunks` written in context.
 
     Each row has its own fast weights, which start at the parameters. Without fast levels (or with `cms_eta=0`)
     nothing is ever written, and a chunk is a piece of the stream at whose ends the memories' clocks agree.
+
+    Args:
+      config: of the model.
+      eta: in the place of `config.cms_eta`, a number that may be traced: one program for many learning rates.
 
     Raises:
       ValueError: chunk sizes that do not divide, fastest first.
@@ -70,12 +74,14 @@ def chunked(config: ModelConfig) -> Chunked:
     Reference: paper (70) to (74); spec 6.2, 6.3, 6.5, 6.6.
     """
     model = skeleton(config)
-    return _written(config, model) if config.adapts else _read_only(config, model)
+    return (
+        _written(config, model, config.cms_eta if eta is None else eta) if config.adapts else _read_only(config, model)
+    )
 
 
-def _written(config: ModelConfig, model: LM) -> Chunked:
+def _written(config: ModelConfig, model: LM, eta: float | jax.Array) -> Chunked:
     start_weights = fast_weights(config).take
-    nested = functools.partial(_nest, config, model)
+    nested = functools.partial(_nest, config, model, eta)
     nested({})  # refuse bad chunk sizes now, not at the first call
 
     def init(params: Params, batch_size: int) -> NestState:
@@ -124,12 +130,12 @@ def _read_only(config: ModelConfig, model: LM) -> Chunked:
     return Chunked(size, init, read, write, lambda levels: (), at_boundary, ())
 
 
-def _nest(config: ModelConfig, model: LM, params: Params) -> Nest:
+def _nest(config: ModelConfig, model: LM, eta: float | jax.Array, params: Params) -> Nest:
     """The nest of one row around the model with these parameters; its clock counts the fastest chunks."""
     sizes, size = config.fast_chunks, config.fast_chunks[0]
     truncation = (*config.bptt_chunks, *(None for _ in sizes))
     levels = [
-        level(None, optax.sgd(config.cms_eta / tokens), tokens // size, bptt_chunks=writes)
+        level(None, optax.sgd(eta / tokens), tokens // size, bptt_chunks=writes)
         for tokens, writes in zip(sizes, truncation, strict=False)
     ]
     phase = _phase_of_chunks(config, size)

@@ -27,7 +27,7 @@ class FastState(NamedTuple):
     filled_B: jax.Array  # [B] int32, tokens in the open chunk; it stays full until the next token is read
 
 
-def with_fast_levels(config: ModelConfig) -> LM:
+def with_fast_levels(config: ModelConfig, eta: jax.Array | None = None) -> LM:
     """The model of `config` with the levels of `config.fast_chunks` written in context.
 
     Each row has its own fast weights. They start at the parameters, so the outer gradient reaches those
@@ -35,6 +35,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
 
     Args:
       config: has at least one fast level.
+      eta: in the place of `config.cms_eta`, a number that may be traced: one program for many learning rates.
 
     Returns:
       `LM(init, init_state, apply, reset)`. `apply` reads inputs only: the target of a token is the next one.
@@ -46,7 +47,7 @@ def with_fast_levels(config: ModelConfig) -> LM:
 
     Reference: paper (70) to (74); spec 6.2, 6.3, 6.5, 6.6.
     """
-    model = chunked(config)
+    model = chunked(config, eta)
     size = model.size
 
     def init_state(params: Params, batch_size: int) -> FastState:

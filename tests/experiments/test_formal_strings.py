@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.formal_languages import BINS, held_out, right_strings, stream
-from experiments.languages import LANGUAGES
+from experiments.formal_strings import LANGUAGES
 from experiments.training import Batch
 
 
