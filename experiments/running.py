@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -13,15 +13,34 @@ from rich.console import Console
 from experiments import records
 from experiments.options import Options, cells, command, from_command_line, settings
 from experiments.records import Record
-from experiments.training import Batch, Model, Scores, percent, say, state_bytes, train
+from experiments.training import Batch, Model, Scores, Trained, percent, say, state_bytes, train
 from hope_jax.models import ModelConfig
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import to_dict
 from hope_kernels.benchmarking import machine_line
 
 
+class AnyJob(Protocol):
+    """What `compute` asks of a job."""
+
+    @property
+    def column(self) -> str: ...  # of the table
+    @property
+    def setting(self) -> str: ...  # difficulty within the column, "" if there is only one
+    @property
+    def config(self) -> Any: ...  # of the model, a dataclass
+    @property
+    def model(self) -> Model: ...
+    @property
+    def row(self) -> str: ...  # of the table; "": the model's name
+
+    def train(self, label: str, console: Console) -> Trained:
+        """Trains and scores; `label` names the run in what is shown."""
+        ...
+
+
 class Job(NamedTuple):
-    """What one cell computes."""
+    """What one cell computes: a model trained on a stream of batches."""
 
     column: str  # of the table
     setting: str  # difficulty within the column, "" if there is only one
@@ -34,8 +53,13 @@ class Job(NamedTuple):
     row: str = ""  # of the table; "": the model's name
     tx: optax.GradientTransformation | None = None  # the optimizer; None: `training.optimizer`
 
+    def train(self, label: str, console: Console) -> Trained:
+        """`training.train`."""
+        parts = (self.model, self.batches, self.loss, self.evaluate, self.cell)
+        return train(*parts, tx=self.tx, label=label, console=console)
 
-def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], Job]) -> None:
+
+def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], AnyJob]) -> None:
     """`run` with the options of the command line; a mistake of the user ends it with one line."""
     try:
         run(experiment, from_command_line(options, tiny), prepare)
@@ -43,7 +67,7 @@ def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callab
         raise SystemExit(f"error: {error}") from error
 
 
-def run(experiment: str, options: Options, prepare: Callable[[Any], Job], console: Console | None = None) -> None:
+def run(experiment: str, options: Options, prepare: Callable[[Any], AnyJob], console: Console | None = None) -> None:
     """Computes every cell of `options` that has no record yet and writes its record.
 
     Args:
@@ -73,10 +97,10 @@ def run(experiment: str, options: Options, prepare: Callable[[Any], Job], consol
         say(console, f"{label}: {record.failed or percent(record.scores)}  ({took:.0f} s)")
 
 
-def compute(experiment: str, cell: Options, job: Job, label: str, console: Console) -> Record:
+def compute(experiment: str, cell: Options, job: AnyJob, label: str, console: Console) -> Record:
     """Trains and scores one cell."""
     [name], [seed] = cell.models, cell.seeds
-    trained = train(job.model, job.batches, job.loss, job.evaluate, job.cell, tx=job.tx, label=label, console=console)
+    trained = job.train(label, console)
     speed = trained.tokens_per_second
     return Record(
         experiment=experiment,
