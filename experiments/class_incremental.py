@@ -5,9 +5,9 @@
 
 Every model is first trained as a byte language model on `text`, which holds nothing of the tasks. Then one pass over
 the tasks in an order drawn by the seed. Whatever a method is, its classes are those of all tasks from the start and it
-predicts among all of them; `learners` says how. After each task it is tested on every task so far. "accuracy" is the mean
-over tasks after the last one, "forgetting" the mean over earlier tasks of the best accuracy each ever had minus that at
-the end. The record's curve is the accuracy matrix, a row per task learned.
+predicts among all of them; `learners` says how. After each task it is tested on every task so far. "accuracy" is the
+mean over tasks after the last one, "forgetting" the mean over earlier tasks of the best accuracy each ever had minus
+that at the end. The record's curve is the accuracy matrix, a row per task learned.
 
     ncm, lda      nearest class mean, in Euclid's metric or that of the covariance within classes: nothing is trained
                   in the stream (lda is what the external learner of InCA does, arXiv:2412.15563, on our representation)
@@ -31,7 +31,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -42,8 +42,22 @@ from rich.console import Console
 from experiments import text
 from experiments.continual_baselines import discriminant, nearest_mean
 from experiments.intents import HUB, SOURCES, DataSet, Examples, encode, load, tasks_of
-from experiments.learners import Learner, Network, by_means, by_search, filled, gradient, network, replay, with_classes
-from experiments.options import TINY_RESULTS, Options, at_least, model_config
+from experiments.learners import (
+    Learner,
+    Network,
+    adapting,
+    as_it_is,
+    by_means,
+    by_search,
+    filled,
+    gradient,
+    network,
+    replay,
+    whitening,
+    with_classes,
+)
+from experiments.options import TINY_RESULTS, Options, model_config
+from experiments.published import TASK
 from experiments.running import main
 from experiments.training import Model, Scores, Trained, cross_entropy, language_model, percent, say, train
 from hope_jax import cms_schedule
@@ -54,6 +68,8 @@ from hope_jax.training.overrides import unknown
 
 BYTES = 256
 WINDOW = 64  # of the text on which backbones are trained
+WINDOWS = 2048  # of it that whitening is made from
+TEXT_SEED = 1_000_003  # of those
 NEVER = "never"
 
 
@@ -117,7 +133,7 @@ class Start(NamedTuple):
 
     cell: IncrementalOptions
     net: Network
-    params: Any
+    params: Any  # of the backbone
     classes: int
 
 
@@ -127,32 +143,49 @@ type Method = Callable[[Start], Learner]
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def _trained(start: Start, periods: dict[str, int], strength: float = 0.0) -> Learner:
+def _trained(start: Start, periods: Mapping[str, int], strength: float = 0.0) -> Learner:
+    params = with_classes(start.params, start.classes)
+    tx = written_every(periods, start.cell, params)
+    return gradient(start.net, params, tx, batch_size=start.cell.batch_size, strength=strength)
+
+
+def _adapted(start: Start, periods: Mapping[str, int]) -> Learner:
     tx = written_every(periods, start.cell, start.params)
-    return gradient(start.net, start.params, tx, batch_size=start.cell.batch_size, strength=strength)
+    return adapting(start.net, start.params, tx, start.classes, discriminant)
 
 
-def _by_clocks(start: Start, clocks: Sequence[int]) -> Learner:
-    return _trained(start, {"head": 1, **{f"level_{i}": clock for i, clock in enumerate(clocks)}})
+def _levels(clocks: Sequence[int]) -> dict[str, int]:
+    return {f"level_{i}": clock for i, clock in enumerate(clocks)}
 
 
-def _everything(start: Start, strength: float = 0.0) -> Learner:
-    return _trained(start, dict.fromkeys(jax.tree.leaves(labels(start.params)), 1), strength)
+def _once(start: Start) -> dict[str, int]:
+    return _levels([1] * len(start.cell.clocks))
 
 
+def _everything(start: Start) -> dict[str, int]:
+    return dict.fromkeys(jax.tree.leaves(labels(start.params)), 1)
+
+
+HEAD = {"head": 1}
 METHODS: dict[str, Method] = {
     "ncm": lambda start: by_means(start.net, start.params, start.classes, nearest_mean),
     "lda": lambda start: by_means(start.net, start.params, start.classes, discriminant),
     "retrieval": lambda start: by_search(start.net, start.params, start.classes, start.cell.neighbours),
-    "probe": lambda start: _trained(start, {"head": 1}),
-    "finetune": _everything,
-    "ewc": lambda start: _everything(start, start.cell.ewc_strength),
-    "replay": lambda start: replay(_everything(start), start.cell.buffer, start.cell.seeds[0]),
-    "clocks": lambda start: _by_clocks(start, start.cell.clocks),
-    "one_clock": lambda start: _by_clocks(start, [1] * len(start.cell.clocks)),
-    "joint": _everything,
+    "probe": lambda start: _trained(start, HEAD),
+    "finetune": lambda start: _trained(start, _everything(start)),
+    "ewc": lambda start: _trained(start, _everything(start), start.cell.ewc_strength),
+    "replay": lambda start: replay(_trained(start, _everything(start)), start.cell.buffer, start.cell.seeds[0]),
+    "adapt": lambda start: _adapted(start, _everything(start)),
+    "joint": lambda start: _trained(start, _everything(start)),
+    "clocks": lambda start: _trained(start, HEAD | _levels(start.cell.clocks)),
+    "one_clock": lambda start: _trained(start, HEAD | _once(start)),
+    "replay_clocks": lambda start: replay(
+        _trained(start, HEAD | _levels(start.cell.clocks)), start.cell.buffer, start.cell.seeds[0]
+    ),
+    "adapt_clocks": lambda start: _adapted(start, _levels(start.cell.clocks)),
+    "adapt_one_clock": lambda start: _adapted(start, _once(start)),
 }
-OF_LEVELS = ("clocks", "one_clock")
+OF_LEVELS = ("clocks", "one_clock", "replay_clocks", "adapt_clocks", "adapt_one_clock")
 TINY = IncrementalOptions(
     datasets=("toy",),
     methods=("clocks",),
@@ -177,8 +210,8 @@ def labels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def written_every(periods: dict[str, int], cell: IncrementalOptions, params: Any) -> optax.GradientTransformation:
-    """Clipped AdamW at a constant rate, every `periods[label]` batches on the mean gradient since; other labels never."""
+def written_every(periods: Mapping[str, int], cell: IncrementalOptions, params: Any) -> optax.GradientTransformation:
+    """Clipped AdamW every `periods[label]` batches, on the mean gradient since; other labels never."""
     [rate], [decay] = cell.learning_rates, cell.weight_decays
     rule = optax.chain(
         optax.clip_by_global_norm(cell.clip), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=decay, mask=decay_mask)
@@ -217,7 +250,7 @@ def learn(learner: Learner, stream: Stream, cell: IncrementalOptions, report: Ca
         state = learner.finish(state, task)
         tested = stream.tests if len(stream.tasks) == 1 else stream.tests[:number]
         rows.append([accuracy(learner, state, test, cell.batch_size) for test in tested])
-        scores = {f"task_{i}": share for i, share in enumerate(rows[-1], 1)}
+        scores = {f"{TASK}{i}": share for i, share in enumerate(rows[-1], 1)}
         if number == len(stream.tasks):
             scores = summary(rows) | scores
         curve.append((step, scores))
@@ -279,7 +312,7 @@ def _at_most(examples: Examples, count: int) -> Examples:
 
 
 def backbone_config(cell: IncrementalOptions) -> ModelConfig:
-    """The model of a cell: where it ends in CMS, levels as many as clocks, together as large as the SwiGLU of others."""
+    """The model of a cell; a CMS has as many levels as clocks, together as large as the SwiGLU of others."""
     longest = max(WINDOW, *(source.length for source in SOURCES.values()))
     levels = len(cell.clocks)
     config = model_config(cell, vocab_size=BYTES, length=WINDOW)
@@ -302,6 +335,21 @@ def backbone(config: ModelConfig, data: str, seed: int, batch_size: int, steps: 
     return trained.params
 
 
+def start_of(cell: IncrementalOptions, config: ModelConfig, classes: int) -> Start:
+    """A trained backbone, from this process's memory if it has one, and its whitened representation."""
+    params = backbone(config, cell.text, cell.seeds[0], cell.batch_size, cell.steps, cell.backbone_rate)
+    raw = network(config, as_it_is(config.dim))
+    windows = text.stream(text.corpus(cell.text).train, TEXT_SEED, cell.batch_size, WINDOW)
+    read = [_as_examples(next(windows).tokens) for _ in range(-(-WINDOWS // cell.batch_size))]
+    white = whitening(np.concatenate([np.asarray(raw.represent(params, batch)) for batch in read]))
+    return Start(cell, network(config, white), params, classes)
+
+
+def _as_examples(tokens_NT: np.ndarray) -> Examples:
+    """Texts without classes."""
+    return Examples(tokens_NT, np.ones(tokens_NT.shape, bool), np.zeros(len(tokens_NT), int), np.ones(len(tokens_NT)))
+
+
 class StreamJob(NamedTuple):
     """What one cell computes (as `running.Job`)."""
 
@@ -316,9 +364,7 @@ class StreamJob(NamedTuple):
         """The backbone, if this process has not trained it yet, and then the stream."""
         cell, stream = self.cell, stream_of(self.cell)
         say(console, f"{label}  backbone ...")
-        params = backbone(self.config, cell.text, cell.seeds[0], cell.batch_size, cell.steps, cell.backbone_rate)
-        start = Start(cell, network(self.config), with_classes(params, stream.classes), stream.classes)
-        learner = METHODS[cell.methods[0]](start)
+        learner = METHODS[cell.methods[0]](start_of(cell, self.config, stream.classes))
         return learn(
             learner, stream, cell, lambda step, scores: say(console, f"{label}  step {step}  {percent(scores)}")
         )
@@ -334,7 +380,7 @@ def prepare(cell: IncrementalOptions) -> StreamJob:
     def init(key: jax.Array) -> Any:
         return with_classes(language_model(config).init(key), len(data.classes))
 
-    model = Model(init, lambda params, tokens: network(config).logits(params, tokens))
+    model = Model(init, language_model(config).apply)
     return StreamJob(column, f"{method}, {name}", config, model, cell)
 
 

@@ -43,28 +43,31 @@ def penalty(params: Any, anchor: Anchor, strength: float) -> jax.Array:
     return strength / 2 * jnp.stack(parts).sum()
 
 
-def fisher(log_p: Callable[[Any, Examples], jax.Array]) -> Callable[[Any, Iterable[Examples]], Any]:
-    """A function of parameters and batches: the mean over examples of the squared gradient of each one's log-likelihood.
+def fisher(log_p: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The mean over examples of the squared gradient of each one's log-likelihood, as a function.
 
     Args:
-      log_p: (params, examples) -> [N].
+      log_p: (params, examples, what else it takes) -> [N].
 
     Returns:
-      (params, batches of one shape) -> a tree like the parameters; rows of weight 0 do not count.
+      (params, batches of one shape, what else) -> a tree like the parameters; rows of weight 0 do not count.
     """
 
     @jax.jit
-    def squares(params: Any, batch: Examples) -> Any:
+    def squares(params: Any, batch: Examples, *rest: Any) -> Any:
         def one(row: Examples) -> Any:
-            return jax.grad(lambda p: log_p(p, row.rows(None))[0])(params)
+            return jax.grad(lambda p: log_p(p, row.rows(None), *rest)[0])(params)
 
-        grads = jax.vmap(one)(Examples(*map(jnp.asarray, batch)))
-        return jax.tree.map(lambda g: jnp.einsum("b,b...->...", batch.weights_N, g * g), grads)
+        def total(grads: jax.Array) -> jax.Array:
+            real = jnp.expand_dims(jnp.asarray(batch.weights_N) > 0, tuple(range(1, grads.ndim)))
+            return jnp.where(real, grads * grads, 0).sum(axis=0)
 
-    def mean(params: Any, batches: Iterable[Examples]) -> Any:
+        return jax.tree.map(total, jax.vmap(one)(Examples(*map(jnp.asarray, batch))))
+
+    def mean(params: Any, batches: Iterable[Examples], *rest: Any) -> Any:
         total, count = jax.tree.map(jnp.zeros_like, params), 0.0
         for batch in batches:
-            total = jax.tree.map(jnp.add, total, squares(params, batch))
+            total = jax.tree.map(jnp.add, total, squares(params, batch, *rest))
             count += float(batch.weights_N.sum())
         return jax.tree.map(lambda leaf: leaf / count, total)
 

@@ -4,7 +4,7 @@ From a folder with a folder per data set, in the formats in which they are relea
 
     clinc150/{data_full.json, domains.json}    Larson et al. 2019; 15 intents of one domain are a task
     banking77/{train.csv, test.csv}            Casanueva et al. 2020; 11 intents drawn by the seed are a task
-    dbpedia14/test.json                        a list of {"label", "sentence"}; a fifth is held out, 2 classes are a task
+    dbpedia14/test.json                        [{"label", "sentence"}], a fifth held out; 2 classes are a task
 
 or from the hub. Its copy of CLINC has no domains: there too the seed draws what a task is made of.
 """
@@ -174,14 +174,33 @@ def _numbered(train: Sequence[Sequence[str]], test: Sequence[Sequence[str]]) -> 
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(repository: str, config: str | None, text: str, label: str, leave_out: str = "") -> Callable[[], DataSet]:
-    """A data set with a train and a test split; `label` is a column of names or of numbers with names."""
+def _from_hub(
+    repository: str,
+    config: str | None,
+    text: str,
+    label: str,
+    *,
+    leave_out: str = "",
+    most: dict[str, int] | None = None,
+) -> Callable[[], DataSet]:
+    """A data set of the hub.
+
+    Args:
+      repository: its name.
+      config: which of its configurations.
+      text: a column.
+      label: a column of names, or of numbers that have names.
+      leave_out: a class.
+      most: of the splits "train" and "test", how many examples to draw.
+    """
 
     def read() -> DataSet:
         from datasets import load_dataset
 
         def pairs(split: str) -> list[tuple[str, str]]:
             rows = load_dataset(repository, config, split=split)
+            if most is not None:
+                rows = rows.shuffle(seed=SPLIT_SEED).select(range(most[split]))
             name = getattr(rows.features[label], "int2str", str)
             found = [(row[text], name(row[label])) for row in rows]
             return [(one, name) for one, name in found if name != leave_out]
@@ -215,8 +234,13 @@ def toy() -> DataSet:
 
 
 SOURCES = {
-    "clinc150": Source(clinc_folder, _from_hub("clinc/clinc_oos", "plus", "text", "intent", "oos"), 15, 64),
+    "clinc150": Source(clinc_folder, _from_hub("clinc/clinc_oos", "plus", "text", "intent", leave_out="oos"), 15, 64),
     "banking77": Source(banking_folder, _from_hub("mteb/banking77", None, "text", "label_text"), 11, 64),
-    "dbpedia14": Source(dbpedia_folder, _from_hub("fancyzhx/dbpedia_14", None, "content", "label"), 2, 96),
+    "dbpedia14": Source(
+        dbpedia_folder,
+        _from_hub("fancyzhx/dbpedia_14", None, "content", "label", most={"train": 10_000, "test": 1_000}),
+        2,
+        96,
+    ),
     "toy": Source(None, toy, 2, 24),
 }

@@ -1,13 +1,19 @@
 """Ways of learning classes from a stream of examples, each a state and functions of it.
 
 What predicts is a network with a representation of a text, the mean over its bytes of the model's last layer after its
-norm, and a class head on it, [D, classes], with all classes from the start: the simplest that every method can use. A
-head on the model's own logits would be the same model, and labels as next bytes would leave nearest means without a
-representation and add spelling to the task.
+norm, and a class head on it, [D, classes], with all classes from the start: the simplest that every method can use.
+Labels as next bytes would leave nearest means without a representation and add spelling to the task. The representation
+is whitened once, by its mean and covariance on the text on which the backbone was trained: without that a few of its
+directions have most of the variance, and the head alone learns almost nothing in one pass.
+
+The loss is the cross-entropy among the classes that a batch has (Zeno et al. 2018, arXiv:1803.10123): among all classes
+its gradient pushes those of other tasks down until none is predicted, whatever the rest of a method does.
 
     gradient    a step per batch; `tx` says which parameters learn and how often, `strength` > 0 is EWC
     replay      the same with as many old examples, from a reservoir, beside each batch
     by_means    no gradient: statistics of classes in the representation of the backbone, which stays as it is
+    adapting    the same while the backbone goes on learning to predict the bytes that it reads, labels unseen: each
+                example counts as it was represented when it came
     by_search   no gradient: the examples themselves; a vote of the most similar
 """
 
@@ -43,6 +49,7 @@ class Network(NamedTuple):
 
     represent: Callable[[Params, Examples], jax.Array]  # [N, D]
     logits: Callable[[Params, Examples], jax.Array]  # [N, classes]
+    nats: Callable[[Params, Examples], jax.Array]  # mean of the next bytes, by the model's own head
 
 
 class Learned(NamedTuple):
@@ -53,7 +60,32 @@ class Learned(NamedTuple):
     anchor: Anchor | None
 
 
-def network(config: ModelConfig) -> Network:
+class Whitening(NamedTuple):
+    """What makes representations of a text have mean 0 and covariance 1."""
+
+    mean_D: np.ndarray
+    map_DD: np.ndarray
+
+
+def as_it_is(width: int) -> Whitening:
+    """Of representations that shall stay what they are."""
+    return Whitening(np.zeros(width, np.float32), np.eye(width, dtype=np.float32))
+
+
+def whitening(x_ND: np.ndarray) -> Whitening:
+    """Of these representations; directions of almost no variance stay smaller than others.
+
+    >>> mean_D, map_DD = whitening(np.array([[1.0, 0.0], [3.0, 0.0], [1.0, 8.0], [3.0, 8.0]]))
+    >>> mean_D.tolist(), np.abs(map_DD).max(axis=1).round(2).tolist()
+    ([2.0, 4.0], [0.99, 0.25])
+    """
+    mean_D = x_ND.mean(axis=0)
+    variance_D, axes_DD = np.linalg.eigh(np.cov(x_ND.T, bias=True))
+    map_DD = axes_DD / np.sqrt(variance_D + baselines.RIDGE * variance_D.mean())
+    return Whitening(mean_D.astype(np.float32), map_DD.astype(np.float32))
+
+
+def network(config: ModelConfig, white: Whitening) -> Network:
     """Of a model whose parameters have a class head in the place of its head."""
     lm = build_lm(config)
     unchanged_DD = np.eye(config.dim, dtype=np.float32)
@@ -63,12 +95,20 @@ def network(config: ModelConfig) -> Network:
         fresh = lm.init_state(params, tokens_NT.shape[0])
         _, x_NTD = lm.apply({**params, "head": unchanged_DD}, fresh, tokens_NT, phase=0, mask_BT=mask_NT)
         read_N = jnp.maximum(mask_NT.sum(axis=1), 1)  # a filling row has no bytes
-        return jnp.where(mask_NT[..., None], x_NTD, 0).sum(axis=1) / read_N[:, None]
+        mean_ND = jnp.where(mask_NT[..., None], x_NTD, 0).sum(axis=1) / read_N[:, None]
+        return (mean_ND - white.mean_D[None]) @ white.map_DD
 
     def logits(params: Params, examples: Examples) -> jax.Array:
         return represent(params, examples) @ params["head"]
 
-    return Network(jax.jit(represent), jax.jit(logits))
+    def nats(params: Params, examples: Examples) -> jax.Array:
+        tokens_NT, mask_NT = jnp.asarray(examples.tokens_NT, jnp.int32), jnp.asarray(examples.mask_NT)
+        fresh = lm.init_state(params, tokens_NT.shape[0])
+        _, logits_NTV = lm.apply(params, fresh, tokens_NT[:, :-1], phase=0, mask_BT=mask_NT[:, :-1])
+        nats_NT = optax.softmax_cross_entropy_with_integer_labels(logits_NTV, tokens_NT[:, 1:])
+        return jnp.where(mask_NT[:, 1:], nats_NT, 0).sum() / mask_NT[:, 1:].sum()
+
+    return Network(jax.jit(represent), jax.jit(logits), jax.jit(nats))
 
 
 def with_classes(backbone: Params, classes: int) -> Params:
@@ -89,13 +129,15 @@ def gradient(
       strength: of EWC's penalty; 0 for none.
     """
 
-    def log_p(params: Params, examples: Examples) -> jax.Array:
-        return -optax.softmax_cross_entropy_with_integer_labels(
-            net.logits(params, examples), jnp.asarray(examples.labels_N)
-        )
+    def log_p(params: Params, examples: Examples, among_C: jax.Array) -> jax.Array:
+        logits_NC = jnp.where(among_C[None], net.logits(params, examples), -jnp.inf)
+        return -optax.softmax_cross_entropy_with_integer_labels(logits_NC, jnp.asarray(examples.labels_N))
 
     def loss(params: Params, examples: Examples, anchor: Anchor | None) -> jax.Array:
-        nats = -(log_p(params, examples) * examples.weights_N).sum() / examples.weights_N.sum()
+        labels_N, weights_N = jnp.asarray(examples.labels_N), jnp.asarray(examples.weights_N)
+        among_C = jnp.zeros(params["head"].shape[1], bool).at[labels_N].max(weights_N > 0)
+        nats_N = jnp.where(weights_N > 0, -log_p(params, examples, among_C), 0)  # of filling rows they are infinite
+        nats = nats_N.sum() / weights_N.sum()
         return nats if anchor is None else nats + baselines.penalty(params, anchor, strength)
 
     fisher = baselines.fisher(log_p)
@@ -118,7 +160,8 @@ def gradient(
         if state.anchor is None:
             return state
         some = task.rows(slice(0, FISHER_EXAMPLES))
-        new = fisher(state.params, filled(some, batch_size))
+        among_C = np.isin(np.arange(state.params["head"].shape[1]), task.labels_N)
+        new = fisher(state.params, filled(some, batch_size), among_C)
         return state._replace(anchor=Anchor(state.params, jax.tree.map(jnp.add, state.anchor.fisher, new)))
 
     def predict(state: Learned, examples: Examples) -> np.ndarray:
@@ -170,11 +213,56 @@ def by_means(
     )
 
 
-class Found(NamedTuple):
-    """The examples of a stream, in pieces."""
+class Adapted(NamedTuple):
+    """A backbone that goes on learning, and what it saw."""
 
-    unit_ND: tuple[np.ndarray, ...]  # representations of length 1
-    labels_N: tuple[np.ndarray, ...]
+    params: Params
+    opt_state: Any
+    seen: Statistics
+
+
+def adapting(
+    net: Network,
+    params: Params,
+    tx: optax.GradientTransformation,
+    classes: int,
+    nearest: Callable[[Statistics, np.ndarray], np.ndarray],
+) -> Learner:
+    """`by_means` in a representation that `tx` changes batch by batch, by the loss of the next bytes.
+
+    Args:
+      net: the model.
+      params: where it starts, with the model's own head.
+      tx: the optimizer.
+      classes: how many.
+      nearest: as in `by_means`.
+    """
+
+    @jax.jit
+    def step(params: Params, opt_state: Any, examples: Examples) -> tuple[Params, Any, jax.Array]:
+        value, grads = jax.value_and_grad(net.nats)(params, examples)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    def init() -> Adapted:
+        return Adapted(params, jax.jit(tx.init)(params), baselines.statistics(classes, len(params["head"])))
+
+    def read(state: Adapted, examples: Examples) -> tuple[Adapted, float]:
+        seen, _ = by_means(net, state.params, classes, nearest).read(state.seen, examples)
+        params, opt_state, value = step(state.params, state.opt_state, examples)
+        return Adapted(params, opt_state, seen), float(value)
+
+    def predict(state: Adapted, examples: Examples) -> np.ndarray:
+        return by_means(net, state.params, classes, nearest).predict(state.seen, examples)
+
+    return Learner(init, read, lambda state, task: state, predict)
+
+
+class Found(NamedTuple):
+    """The examples of a stream."""
+
+    unit_ND: np.ndarray  # representations of length 1
+    labels_N: np.ndarray
 
 
 def by_search(net: Network, params: Params, classes: int, neighbours: int) -> Learner:
@@ -186,14 +274,16 @@ def by_search(net: Network, params: Params, classes: int, neighbours: int) -> Le
 
     def read(state: Found, examples: Examples) -> tuple[Found, float]:
         real_N = examples.weights_N > 0
-        new = directions(examples)[real_N], examples.labels_N[real_N]
-        return Found((*state.unit_ND, new[0]), (*state.labels_N, new[1])), 0.0
+        new = Found(directions(examples)[real_N], examples.labels_N[real_N])
+        return Found(*map(np.concatenate, zip(state, new, strict=True))), 0.0
 
     def predict(state: Found, examples: Examples) -> np.ndarray:
-        labels_M = np.concatenate(state.labels_N)
-        return vote(directions(examples) @ np.concatenate(state.unit_ND).T, labels_M, classes, neighbours)
+        return vote(directions(examples) @ state.unit_ND.T, state.labels_N, classes, neighbours)
 
-    return Learner(lambda: Found((), ()), read, lambda state, task: state, predict)
+    def init() -> Found:
+        return Found(np.zeros((0, len(params["head"])), np.float32), np.zeros(0, np.int32))
+
+    return Learner(init, read, lambda state, task: state, predict)
 
 
 def vote(cosine_NM: np.ndarray, labels_M: np.ndarray, classes: int, neighbours: int) -> np.ndarray:
