@@ -62,7 +62,7 @@ def fisher(log_p: Callable[..., jax.Array]) -> Callable[..., Any]:
             real = jnp.expand_dims(jnp.asarray(batch.weights_N) > 0, tuple(range(1, grads.ndim)))
             return jnp.where(real, grads * grads, 0).sum(axis=0)
 
-        return jax.tree.map(total, jax.vmap(one)(Examples(*map(jnp.asarray, batch))))
+        return jax.tree.map(total, jax.vmap(one)(jax.tree.map(jnp.asarray, batch)))
 
     def mean(params: Any, batches: Iterable[Examples], *rest: Any) -> Any:
         total, count = jax.tree.map(jnp.zeros_like, params), 0.0

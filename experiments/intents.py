@@ -96,7 +96,7 @@ def tasks_of(data: DataSet, source: Source, seed: int) -> list[tuple[int, ...]]:
 
     >>> source = Source(None, toy, task_classes=2, length=8)
     >>> tasks_of(toy(), source, seed=0)
-    [(2, 4), (3, 5), (0, 1)]
+    [(2, 3), (4, 5), (0, 1)]
     """
     rng = np.random.default_rng(seed)
     if data.tasks is not None:
@@ -202,7 +202,7 @@ def _from_hub(
             if most is not None:
                 rows = rows.shuffle(seed=SPLIT_SEED).select(range(most[split]))
             name = getattr(rows.features[label], "int2str", str)
-            found = [(row[text], name(row[label])) for row in rows]
+            found = [(one, name(one_label)) for one, one_label in zip(rows[text], rows[label], strict=True)]
             return [(one, name) for one, name in found if name != leave_out]
 
         try:

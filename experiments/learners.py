@@ -18,7 +18,7 @@ its gradient pushes those of other tasks down until none is predicted, whatever 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +242,7 @@ def adapting(
     def step(params: Params, opt_state: Any, examples: Examples) -> tuple[Params, Any, jax.Array]:
         value, grads = jax.value_and_grad(net.nats)(params, examples)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        return cast(Params, optax.apply_updates(params, updates)), opt_state, value
 
     def init() -> Adapted:
         return Adapted(params, jax.jit(tx.init)(params), baselines.statistics(classes, len(params["head"])))

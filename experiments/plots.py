@@ -184,4 +184,4 @@ def figure_of(panels: int, *, width: float, rows: int = 1) -> tuple[Any, Sequenc
 
     figure = Figure(figsize=(width * panels, 4 if rows == 1 else (width + 0.4) * rows), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory, whatever display the machine has
-    return figure, figure.subplots(rows, panels, squeeze=False).ravel()
+    return figure, figure.subplots(rows, panels, squeeze=False).ravel().tolist()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiments import continual_baselines as baselines
 from experiments import records
-from experiments.cells import table_cells
+from experiments.cells import show, table_cells
 from experiments.class_incremental import (
     TINY,
     IncrementalOptions,
@@ -301,10 +301,10 @@ def test_each_level_is_written_at_its_clock(model):
     _, params = model
     [cell] = cells(TINY)
     tx = written_every({"head": 1, "level_0": 2, "level_1": 4}, cell, params)
-    state, marks = tx.init(params), labels(params)
+    state, marks, update = tx.init(params), labels(params), jax.jit(tx.update)
     for step in range(1, 9):
         grads = jax.tree.map(jnp.ones_like, params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         moved = {mark: False for mark in ("head", "level_0", "level_1", "base")}
         for mark, leaf in zip(jax.tree.leaves(marks), jax.tree.leaves(updates), strict=True):
             moved[mark] |= bool(np.any(np.asarray(leaf)))
@@ -361,23 +361,26 @@ def test_stream_of_a_cell():
     assert [test.labels_N.tolist() for test in joint.tests] == [test.labels_N.tolist() for test in stream.tests]
 
 
-def test_a_method_that_keeps_everything_has_learned_the_toy(tmp_path):
-    """The whole command on the tiny data set, its record and its pictures."""
-    options = dataclasses.replace(TINY, methods=("clocks", "lda"), results=tmp_path, dim=32, steps=60)
+def test_records_and_pictures_show_the_matrix(tmp_path):
+    """The whole command on the tiny data set; joint training has scores and no matrix."""
+    options = dataclasses.replace(TINY, methods=("lda",), models=("transformer",), results=tmp_path)
     run("class_incremental", options, prepare, Console(quiet=True))
-    found = {record.model: record for record in records.read_all(tmp_path)}
-    assert set(found) == {"clocks, hope_attention", "lda, hope_attention"}
-    for record in found.values():
-        assert record.steps == 6 and [step for step, _ in record.curve] == [2, 4, 6] and record.failed is None
+    [lda] = records.read_all(tmp_path)
+    assert lda.model == "lda, transformer" and lda.failed is None
+    assert [step for step, _ in lda.curve] == [2, 4, 6] and lda.steps == 6
+    joint = dataclasses.replace(lda, model="joint", scores={"accuracy": 0.5}, curve=[(6, {"task_1": 0.5, "task_2": 1})])
+    other = dataclasses.replace(lda, seed=1, options=lda.options | {"seeds": [1]})
     table = TABLES["class_incremental"]
-    by_cell = table_cells(found.values(), table)
-    matrix = _matrix(by_cell["lda, hope_attention", "toy"][""])
+    by_cell = table_cells([lda, other, joint], table)
+    matrix = _matrix(by_cell["lda, transformer", "toy"][""])
     assert matrix.shape == (3, 3) and np.isnan(matrix[0, 1]) and not np.isnan(np.tril(matrix)).any()
-    assert found["lda, hope_attention"].scores["accuracy"] == pytest.approx(matrix[-1].mean())
-    shown = matrices(by_cell, table)
-    assert [axes.get_title() for axes in shown.axes[:2]] == ["toy\nclocks, hope_attention", "toy\nlda, hope_attention"]
-    np.testing.assert_allclose(shown.axes[1].images[0].get_array(), 100 * matrix)
-    assert len(with_spread(by_cell, table).axes) == 2
+    assert lda.scores["accuracy"] == pytest.approx(matrix[-1].mean())
+    shown, spread = matrices(by_cell, table), with_spread(by_cell, table)
+    assert [axes.get_title() for axes in shown.axes if axes.images] == ["toy\nlda, transformer"]
+    np.testing.assert_allclose(shown.axes[0].images[0].get_array(), 100 * matrix)
+    assert [len(axes.containers) for axes in spread.axes] == [2, 2]
+    assert show(by_cell["joint", "toy"], table, "toy") == "50.0 / –"
+    assert matrices(table_cells([joint], table), table) is not None
 
 
 def test_what_cannot_be_is_refused():

@@ -15,7 +15,7 @@ from experiments.training import in_bits
 # Hope where it is quickest to compile; the others learn nothing about it here.
 TINY = {"formal_languages": ("transformer",), "mqar": ("delta_net",), "mad": ("transformer",), "niah": ("transformer",)}
 TINY |= {"babilong": ("delta_net",), "ablation": ("hope",), "context_use": ("transformer",)}
-TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",)}
+TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",), "class_incremental": ("hope_attention",)}
 NO_RECORDS = {"optimizer_toy", "continual_momentum"}  # tables and pictures at once; tested in their own files
 
 
