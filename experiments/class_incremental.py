@@ -16,7 +16,7 @@ that at the end. The record's curve is the accuracy matrix, a row per task learn
     finetune        everything is trained
     ewc             with a penalty on leaving the parameters of earlier tasks
     replay          beside each batch as many examples from a reservoir of `buffer`
-    adapt           lda in a backbone that goes on learning to predict the bytes it reads
+    adapt           lda in a backbone that goes on learning to predict the bytes it reads, all but its head
     joint           everything is trained on all tasks at once, one pass: the bound that no order limits
 
 and with a continuum memory system (hope, hope_attention), whose level l is written every `clocks[l]` batches with the
@@ -74,7 +74,7 @@ BYTES = 256
 WINDOW = 64  # of the text on which backbones are trained
 WINDOWS = 2048  # of it that whitening is made from
 TEXT_SEED = 1_000_003  # of those
-NEVER = "never"
+HEAD, NEVER = "head", "never"  # labels of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ class IncrementalOptions(Options):
     Attributes:
       datasets: names in `intents.SOURCES`.
       methods: names in `METHODS`.
-      learning_rates: of the stream, constant.
+      learning_rates: of everything but the class head, in the stream; constant.
+      head_rate: of the class head.
       data: the folder with a folder per data set, or "hub".
       text: what backbones are trained on: "embedded", or a text file or folder with one.
       steps: of the backbone's training; the stream has as many as it has batches.
@@ -99,7 +100,8 @@ class IncrementalOptions(Options):
     datasets: tuple[str, ...] = ("clinc150", "banking77", "dbpedia14")
     methods: tuple[str, ...] = ("ncm", "lda", "retrieval", "probe", "finetune", "ewc", "replay", "joint")
     models: tuple[str, ...] = ("transformer",)
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[float, ...] = (3e-4,)
+    head_rate: float = 3e-3
     steps: int = 500
     eval_every: int = 500
     data: str = HUB
@@ -154,6 +156,7 @@ def _trained(start: Start, periods: Mapping[str, int], strength: float = 0.0) ->
 
 
 def _adapted(start: Start, periods: Mapping[str, int]) -> Learner:
+    periods = {label: period for label, period in periods.items() if label != HEAD}
     tx = written_every(periods, start.cell, start.params)
     return adapting(start.net, start.params, tx, start.classes, discriminant)
 
@@ -162,7 +165,7 @@ def _levels(clocks: Sequence[int]) -> dict[str, int]:
     return {f"level_{i}": clock for i, clock in enumerate(clocks)}
 
 
-def _once(start: Start) -> dict[str, int]:
+def _one_clock(start: Start) -> dict[str, int]:
     return _levels([1] * len(start.cell.clocks))
 
 
@@ -170,24 +173,23 @@ def _everything(start: Start) -> dict[str, int]:
     return dict.fromkeys(jax.tree.leaves(labels(start.params)), 1)
 
 
-HEAD = {"head": 1}
 METHODS: dict[str, Method] = {
     "ncm": lambda start: by_means(start.net, start.params, start.classes, nearest_mean),
     "lda": lambda start: by_means(start.net, start.params, start.classes, discriminant),
     "retrieval": lambda start: by_search(start.net, start.params, start.classes, start.cell.neighbours),
-    "probe": lambda start: _trained(start, HEAD),
+    "probe": lambda start: _trained(start, {HEAD: 1}),
     "finetune": lambda start: _trained(start, _everything(start)),
     "ewc": lambda start: _trained(start, _everything(start), start.cell.ewc_strength),
     "replay": lambda start: replay(_trained(start, _everything(start)), start.cell.buffer, start.cell.seeds[0]),
     "adapt": lambda start: _adapted(start, _everything(start)),
     "joint": lambda start: _trained(start, _everything(start)),
-    "clocks": lambda start: _trained(start, HEAD | _levels(start.cell.clocks)),
-    "one_clock": lambda start: _trained(start, HEAD | _once(start)),
+    "clocks": lambda start: _trained(start, {HEAD: 1} | _levels(start.cell.clocks)),
+    "one_clock": lambda start: _trained(start, {HEAD: 1} | _one_clock(start)),
     "replay_clocks": lambda start: replay(
-        _trained(start, HEAD | _levels(start.cell.clocks)), start.cell.buffer, start.cell.seeds[0]
+        _trained(start, {HEAD: 1} | _levels(start.cell.clocks)), start.cell.buffer, start.cell.seeds[0]
     ),
     "adapt_clocks": lambda start: _adapted(start, _levels(start.cell.clocks)),
-    "adapt_one_clock": lambda start: _adapted(start, _once(start)),
+    "adapt_one_clock": lambda start: _adapted(start, _one_clock(start)),
 }
 OF_LEVELS = ("clocks", "one_clock", "replay_clocks", "adapt_clocks", "adapt_one_clock")
 TINY = IncrementalOptions(
@@ -205,11 +207,11 @@ TINY = IncrementalOptions(
 
 
 def labels(params: Any) -> Any:
-    """A tree of "head", "level_0", "level_1", ... (CMS, fastest first) and "base"."""
+    """A tree of "head" (of classes or bytes), "level_0", "level_1", ... (CMS, fastest first) and "base"."""
 
     def label(path: Any, _: Any) -> str:
         names = [key.key for key in path]
-        return "head" if names == ["head"] else names[names.index("cms") + 1] if "cms" in names else "base"
+        return HEAD if names == [HEAD] else names[names.index("cms") + 1] if "cms" in names else "base"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -217,11 +219,14 @@ def labels(params: Any) -> Any:
 def written_every(periods: Mapping[str, int], cell: IncrementalOptions, params: Any) -> optax.GradientTransformation:
     """Clipped AdamW every `periods[label]` batches, on the mean gradient since; other labels never."""
     [rate], [decay] = cell.learning_rates, cell.weight_decays
-    rule = optax.chain(
-        optax.clip_by_global_norm(cell.clip), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=decay, mask=decay_mask)
-    )
+
+    def rule(label: str) -> optax.GradientTransformation:
+        one_rate = cell.head_rate if label == HEAD else rate
+        adamw = optax.adamw(one_rate, b1=0.9, b2=0.95, weight_decay=decay, mask=decay_mask)
+        return optax.chain(optax.clip_by_global_norm(cell.clip), adamw)
+
     marks = jax.tree.map(lambda label: label if label in periods else NEVER, labels(params))
-    rules: dict[str, optax.GradientTransformation] = dict.fromkeys(periods, rule)
+    rules = {label: rule(label) for label in periods}
     if NEVER in jax.tree.leaves(marks):
         periods, rules = {**periods, NEVER: 1}, {**rules, NEVER: optax.set_to_zero()}
     return cms_schedule(periods, rules, marks, reduce="mean")

@@ -75,9 +75,10 @@ def as_it_is(width: int) -> Whitening:
 def whitening(x_ND: np.ndarray) -> Whitening:
     """Of these representations; directions of almost no variance stay smaller than others.
 
-    >>> mean_D, map_DD = whitening(np.array([[1.0, 0.0], [3.0, 0.0], [1.0, 8.0], [3.0, 8.0]]))
-    >>> mean_D.tolist(), np.abs(map_DD).max(axis=1).round(2).tolist()
-    ([2.0, 4.0], [0.99, 0.25])
+    >>> x_ND = np.array([[1.0, 0.0], [3.0, 0.0], [1.0, 8.0], [3.0, 8.0]])
+    >>> white = whitening(x_ND)
+    >>> np.cov(((x_ND - white.mean_D) @ white.map_DD).T, bias=True).round(2).tolist()
+    [[0.99, 0.0], [0.0, 1.0]]
     """
     mean_D = x_ND.mean(axis=0)
     variance_D, axes_DD = np.linalg.eigh(np.cov(x_ND.T, bias=True))

@@ -220,7 +220,7 @@ def test_votes():
     cosine = np.array([[0.9, 0.2, 0.3, 0.4], [0.8, 0.5, 0.7, -1.0]])
     assert vote(cosine, np.array([0, 1, 1, 1]), 2, 1).tolist() == [0, 0]
     assert vote(cosine, np.array([0, 1, 1, 1]), 2, 3).tolist() == [1, 1]
-    assert vote(cosine, np.array([0, 1, 1, 1]), 2, 2).tolist() == [0, 0], "one vote each: the greater cosine"
+    assert vote(cosine, np.array([1, 0, 0, 0]), 2, 2).tolist() == [1, 1], "one vote each: the greater cosine"
     assert vote(cosine[:, :1], np.array([1]), 2, 5).tolist() == [1, 1]
 
 
