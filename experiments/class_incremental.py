@@ -16,14 +16,15 @@ that at the end. The record's curve is the accuracy matrix, a row per task learn
     finetune        everything is trained
     ewc             with a penalty on leaving the parameters of earlier tasks
     replay          beside each batch as many examples from a reservoir of `buffer`
-    adapt           lda in a backbone that goes on learning to predict the bytes it reads, all but its head
     joint           everything is trained on all tasks at once, one pass: the bound that no order limits
 
 and with a continuum memory system (hope, hope_attention), whose level l is written every `clocks[l]` batches with the
 mean gradient since, while the rest of the backbone is never written again (paper 9.1; spec 6.4),
 
-    clocks, replay_clocks, adapt_clocks    the class head, every batch, and the levels; with replay; as in adapt
-    one_clock, adapt_one_clock             every level every batch: what the clocks themselves do
+    clocks          the class head is written every batch, the levels at theirs, by the loss of the classes
+    replay_clocks   the same with replay
+    adapt_clocks    lda while the levels, at their clocks, go on learning to predict the bytes that are read
+    one_clock, adapt_one_clock    every level every batch: what the clocks themselves do
 
 Data sets and their tasks: `intents`. Rates are constant: a learner does not know when the stream ends.
 
@@ -156,7 +157,6 @@ def _trained(start: Start, periods: Mapping[str, int], strength: float = 0.0) ->
 
 
 def _adapted(start: Start, periods: Mapping[str, int]) -> Learner:
-    periods = {label: period for label, period in periods.items() if label != HEAD}
     tx = written_every(periods, start.cell, start.params)
     return adapting(start.net, start.params, tx, start.classes, discriminant)
 
@@ -181,7 +181,6 @@ METHODS: dict[str, Method] = {
     "finetune": lambda start: _trained(start, _everything(start)),
     "ewc": lambda start: _trained(start, _everything(start), start.cell.ewc_strength),
     "replay": lambda start: replay(_trained(start, _everything(start)), start.cell.buffer, start.cell.seeds[0]),
-    "adapt": lambda start: _adapted(start, _everything(start)),
     "joint": lambda start: _trained(start, _everything(start)),
     "clocks": lambda start: _trained(start, {HEAD: 1} | _levels(start.cell.clocks)),
     "one_clock": lambda start: _trained(start, {HEAD: 1} | _one_clock(start)),
