@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.cells import Best, columns_of, scores_of
-from experiments.published import AT, ETA, FORGOTTEN, FROM, GAINED, GATE, PREFIXES, TUNED, WRITTEN, Table
+from experiments.published import AT, ETA, FORGOTTEN, FROM, GAINED, GATE, PREFIXES, TASK, TUNED, WRITTEN, Table
 from experiments.training import in_bits
 
 type Cells = Mapping[tuple[str, str], Mapping[str, Best]]
@@ -241,7 +243,58 @@ def against_gain(cells: Cells, table: Table) -> Any:
     return figure
 
 
-CURVES = {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
+def with_spread(cells: Cells, table: Table) -> Any:
+    """A panel per score, a group of points per column, one for each model, with the spread of the seeds."""
+    models = sorted({model for model, _ in cells})
+    columns = [column for column in columns_of(table, cells) if any((model, column) in cells for model in models)]
+    figure, panels = figure_of(len(table.scores), width=2.0 + 2.0 * len(columns))
+    for axes, score in zip(panels, table.scores, strict=True):
+        for number, model in enumerate(models):
+            found = [(i, cells[model, c][""]) for i, c in enumerate(columns) if (model, c) in cells]
+            points = [(i + 0.9 * number / len(models), best.values(score)) for i, best in found if best.has(score)]
+            places, means = [at for at, _ in points], [100 * statistics.fmean(values) for _, values in points]
+            spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+            axes.errorbar(places, means, spread, fmt="os^vD"[number % 5], capsize=2, label=model)
+        axes.set_xticks([i + 0.4 for i in range(len(columns))], columns)
+        axes.set(ylabel=f"{score}, percent", ylim=(-5, 105))
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def matrices(cells: Cells, table: Table) -> Any:
+    """Accuracy on each task (across) after each task (down), mean over seeds: a row per column, a panel per model."""
+    models = sorted({model for (model, _), settings in cells.items() if len(_matrix(settings[""])) > 1})
+    columns = [column for column in columns_of(table, cells) if any((model, column) in cells for model in models)]
+    figure, panels = figure_of(max(1, len(models)), width=2.2, rows=max(1, len(columns)))
+    for place, axes in enumerate(panels):
+        axes.set_axis_off()
+        if not models or (cell := (models[place % len(models)], columns[place // len(models)])) not in cells:
+            continue
+        axes.set_axis_on()
+        image = axes.imshow(100 * _matrix(cells[cell][""]), vmin=0, vmax=100)
+        axes.set_title(f"{cell[1]}\n{cell[0]}", fontsize=7)
+        axes.tick_params(labelsize=6)
+        if place == 0:
+            axes.set(xlabel="on task", ylabel="after task")
+            figure.colorbar(image, ax=panels, label="accuracy, percent", shrink=0.6)
+    return figure
+
+
+def _matrix(best: Best) -> np.ndarray:
+    """[after task, on task], not a number where a task had not come; the mean over the seeds that did not fail."""
+    curves = [record.curve for record in best.records if not record.failed]
+    found = np.full((len(curves), *([max(map(len, curves), default=0)] * 2)), np.nan)
+    for seed, curve in enumerate(curves):
+        for after, (_, scores) in enumerate(curve):
+            shares = [share for name, share in scores.items() if name.startswith(TASK)]
+            if len(shares) <= len(curve):
+                found[seed, after, : len(shares)] = shares
+    return found.mean(axis=0) if curves else np.zeros((0, 0))
+
+
+CURVES = {"class_incremental": {"_spread": with_spread, "_matrix": matrices}}
+CURVES |= {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
 CURVES |= {"matryoshka": {"_width": against_width}}
 CURVES |= {name: {"_curve": against_gain} for name in ("domain_stream", "languages")}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
@@ -256,11 +309,11 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def figure_of(panels: int, *, width: float) -> tuple[Any, Sequence[Any]]:
-    """A figure with this many panels in a row, each `width` inches wide, drawn in memory."""
+def figure_of(panels: int, *, width: float, rows: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure with this many panels in each row, each `width` inches wide, drawn in memory; its panels row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, 4), layout="constrained")
+    figure = Figure(figsize=(width * panels, 4 if rows == 1 else (width + 0.4) * rows), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory, whatever display the machine has
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(rows, panels, squeeze=False).ravel().tolist()

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -20,8 +20,27 @@ from hope_jax.training.overrides import to_dict
 from hope_kernels.benchmarking import machine_line
 
 
+class AnyJob(Protocol):
+    """What `compute` asks of a job."""
+
+    @property
+    def column(self) -> str: ...  # of the table
+    @property
+    def setting(self) -> str: ...  # difficulty within the column, "" if there is only one
+    @property
+    def config(self) -> Any: ...  # of the model, a dataclass
+    @property
+    def model(self) -> Model: ...
+    @property
+    def row(self) -> str: ...  # of the table; "": the model's name
+
+    def train(self, label: str, console: Console) -> Trained:
+        """Trains and scores; `label` names the run in what is shown."""
+        ...
+
+
 class Job(NamedTuple):
-    """What one cell computes."""
+    """What one cell computes: a model trained on a stream of batches."""
 
     column: str  # of the table
     setting: str  # difficulty within the column, "" if there is only one
@@ -33,10 +52,15 @@ class Job(NamedTuple):
     cell: Options  # the cell, with what the task decides itself (steps, width)
     row: str = ""  # of the table; "": the model's name
     tx: optax.GradientTransformation | None = None  # the optimizer; None: `training.optimizer`
-    train: Callable[..., Trained] = train
+    how: Callable[..., Trained] = train  # it is trained
+
+    def train(self, label: str, console: Console) -> Trained:
+        """Trains the model and scores it."""
+        parts = (self.model, self.batches, self.loss, self.evaluate, self.cell)
+        return self.how(*parts, tx=self.tx, label=label, console=console)
 
 
-def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], Job]) -> None:
+def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callable[[T], AnyJob]) -> None:
     """`run` with the options of the command line; a mistake of the user ends it with one line."""
     try:
         run(experiment, from_command_line(options, tiny), prepare)
@@ -44,7 +68,7 @@ def main[T: Options](experiment: str, options: type[T], tiny: T, prepare: Callab
         raise SystemExit(f"error: {error}") from error
 
 
-def run(experiment: str, options: Options, prepare: Callable[[Any], Job], console: Console | None = None) -> None:
+def run(experiment: str, options: Options, prepare: Callable[[Any], AnyJob], console: Console | None = None) -> None:
     """Computes every cell of `options` that has no record yet and writes its record.
 
     Args:
@@ -74,11 +98,10 @@ def run(experiment: str, options: Options, prepare: Callable[[Any], Job], consol
         say(console, f"{label}: {record.failed or percent(record.scores)}  ({took:.0f} s)")
 
 
-def compute(experiment: str, cell: Options, job: Job, label: str, console: Console) -> Record:
+def compute(experiment: str, cell: Options, job: AnyJob, label: str, console: Console) -> Record:
     """Trains and scores one cell."""
     [name], [seed] = cell.models, cell.seeds
-    shown = {"label": label, "console": console}
-    trained = job.train(job.model, job.batches, job.loss, job.evaluate, job.cell, tx=job.tx, **shown)
+    trained = job.train(label, console)
     speed = trained.tokens_per_second
     return Record(
         experiment=experiment,

@@ -227,7 +227,7 @@ def prepare_streams(
         evaluate,
         dataclasses.replace(cell, eval_every=cell.steps),  # the streams are read once, after training
         row=f"{cell.models[0]}, {name}",
-        train=train_once,
+        how=train_once,
     )
 
 

@@ -20,6 +20,7 @@ TINY |= {"domain_stream": ("transformer",), "languages": ("transformer",)}
 TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",)}
 TINY |= {"test_time_learning": ("hope_attention",), "chunk_transfer": ("dla",)}
 TINY |= {"levels_and_frequency": ("hope_attention",)}
+TINY |= {"class_incremental": ("hope_attention",)}
 NO_RECORDS = {
     "optimizer_toy",
     "continual_momentum",
