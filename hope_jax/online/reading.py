@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from hope_jax.online.report import Report, summarize
+from hope_jax.online.report import Report, join, summarize
 from hope_jax.online.session import Session
 from hope_jax.online.stream import TOKENS_A_CALL
 
@@ -32,6 +31,7 @@ def read(
       What a piece did, and the share of the text that has been read.
 
     Example:
+      >>> import jax
       >>> from hope_jax.models import ModelConfig, build_lm
       >>> levels = {"cms_hidden": (32, 32), "cms_chunks": (16, 64)}
       >>> config = ModelConfig(name="hope_attention", dim=16, layers=1, **levels)
@@ -49,14 +49,12 @@ def read(
 
 def joined(session: Session, reports: Sequence[Report]) -> Report:
     """One report of several calls in a row, as if they had been one; the session is as they left it."""
-    if not reports:
-        return session.observe("")
-    last = reports[-1]
+    now = session.snapshot()
     return summarize(
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(report.chunks for report in reports)),
+        join([report.chunks for report in reports], session.chunk_size, len(session.clocks)),
         tokens=sum(report.tokens for report in reports),
-        held=last.held,
-        written=int(session.snapshot().state.nest.phase[0]) * session.chunk_size,
+        held=len(now.held.tokens),
+        written=int(now.state.nest.phase[0]) * session.chunk_size,
         clocks=session.clocks,
         new_contexts=sum(report.new_contexts for report in reports),
     )
