@@ -1,10 +1,10 @@
 """An answer while it is made: from tokens to text as soon as it is sure, up to a text that ends it."""
 
-import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from hope_jax.training.errors import UserError
-from hope_jax.training.vocabulary import BYTES, Vocabulary
+from hope_jax.training.generate import Decoding
+from hope_jax.training.vocabulary import Vocabulary
 
 
 class Answer:
@@ -13,6 +13,7 @@ class Answer:
     Args:
       vocabulary: from tokens to text.
       until: the answer ends before this text; "" does not end it.
+      before: the tokens that it follows (see `Decoding`).
 
     Example:
       >>> from hope_jax.training.vocabulary import load_vocabulary
@@ -21,28 +22,22 @@ class Answer:
       (['', 'é', '', '\\n!', '', ''], True)
     """
 
-    def __init__(self, vocabulary: Vocabulary, until: str = ""):
+    def __init__(self, vocabulary: Vocabulary, until: str = "", before: Sequence[int] = ()):
         self.ended = False
-        self._vocabulary, self._until = vocabulary, until
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace") if vocabulary.name == BYTES else None
-        self._tokens: list[int] = []  # of a tokenizer, whose tokens are read together
-        self._decoded = 0  # characters of them
+        self._decoding, self._until = Decoding(vocabulary, before), until
         self._waiting = ""  # decoded and not yet shown
 
     def add(self, token: int) -> str:
         """What is sure of the text with one more token and was not before."""
-        self._waiting += self._decode(token)
+        self._waiting += self._decoding.add(token)
         if self._until and self._until in self._waiting:
             self.ended = True
             return self._show(self._waiting.index(self._until))
         return self._show(len(self._waiting) - _overlap(self._waiting, self._until))
 
     def end(self) -> str:
-        """The rest, where no more tokens come; what is not UTF-8 becomes the replacement character."""
-        if self.ended:
-            return ""
-        rest = self._decoder.decode(b"", True) if self._decoder else self._vocabulary.decode(self._tokens)
-        return self._waiting + rest[self._decoded :]
+        """The rest, where no more tokens come."""
+        return "" if self.ended else self._waiting + self._decoding.end()
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The whole answer; no token is taken after its end."""
@@ -51,16 +46,6 @@ class Answer:
             if self.ended:
                 return
         yield self.end()
-
-    def _decode(self, token: int) -> str:
-        if self._decoder:
-            return self._decoder.decode(bytes([token]))
-        self._tokens.append(token)
-        text = self._vocabulary.decode(self._tokens)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes that may become a character
-            return ""
-        new, self._decoded = text[self._decoded :], len(text)
-        return new
 
     def _show(self, count: int) -> str:
         shown, self._waiting = self._waiting[:count], self._waiting[count:]

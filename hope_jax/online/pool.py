@@ -253,17 +253,17 @@ class Pool:
         pool._extend(tokens, dict.fromkeys(prompts, learn))
         choices = functools.partial(pool._choose, seeds, _choices(temperature, top_k))
         places = {user: pool._place(user) for user in prompts}  # now, not when the first piece is asked for
-        return pool._answers(places, choices, max_tokens, until, learn and learn_on_generated)
+        answers = {user: Answer(self._fresh.vocabulary, until, tokens[user].tolist()) for user in prompts}
+        return pool._answers(answers, places, choices, max_tokens, learn and learn_on_generated)
 
     def _answers(
         self,
+        answers: dict[str, Answer],
         places: Mapping[str, tuple[int, int] | None],
         choices: Callable[[list[str], int], dict[str, int]],
         max_tokens: int,
-        until: str,
         teaches: bool,
     ) -> Iterator[tuple[str, str]]:
-        answers = {user: Answer(self._fresh.vocabulary, until) for user in places}
         for i in range(max_tokens):
             asked = [user for user, one in answers.items() if not one.ended and self._place(user) == places[user]]
             chosen = choices(asked, i) if asked else {}

@@ -183,7 +183,7 @@ class Session:
         tokens = self._prompt(prompt)
         session._extend(tokens, np.full(len(tokens), learn))
         values = session._tokens_of_answer(max_tokens, temperature, top_k, seed, learn and learn_on_generated)
-        return Answer(self.vocabulary, until).pieces(values)
+        return Answer(self.vocabulary, until, tokens.tolist()).pieces(values)
 
     def _tokens_of_answer(
         self, max_tokens: int, temperature: float, top_k: int, seed: int, teaches: bool

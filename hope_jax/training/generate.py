@@ -87,39 +87,46 @@ def choose_token(
     return jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
 
 
-def text_pieces(values: Iterable[int]) -> Iterator[str]:
-    """Bytes as text as soon as a character is complete; what is not UTF-8 becomes the replacement character.
+class Decoding:
+    """From tokens to text as soon as a character is complete; what is not UTF-8 becomes the replacement character.
 
-    >>> list(text_pieces("aé".encode())) == ["a", "", "é", ""]
-    True
+    Args:
+      vocabulary: what the tokens are.
+      before: the tokens that they follow. Not shown, but decoded with them: what a token reads as may depend on the
+        one before it, as a space does that the decoder leaves out at the beginning of a text.
+
+    >>> from hope_jax.training.vocabulary import load_vocabulary
+    >>> decoding = Decoding(load_vocabulary("bytes"))
+    >>> [decoding.add(value) for value in "aé".encode()], decoding.end()
+    (['a', '', 'é'], '')
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for value in values:
-        yield decoder.decode(bytes([value]))
-    yield decoder.decode(b"", final=True)
+
+    def __init__(self, vocabulary: Vocabulary, before: Sequence[int] = ()):
+        self._vocabulary, self._tokens = vocabulary, list(before)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if vocabulary.name == BYTES else None
+        self._shown = 0 if self._bytes else len(vocabulary.decode(self._tokens))
+
+    def add(self, token: int) -> str:
+        """What is sure of the text with one more token and was not before."""
+        if self._bytes:
+            return self._bytes.decode(bytes([token]))
+        self._tokens.append(token)
+        text = self._vocabulary.decode(self._tokens)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # bytes that may become a character
+            return ""
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+    def end(self) -> str:
+        """The rest, where no more tokens come."""
+        return self._bytes.decode(b"", True) if self._bytes else self._vocabulary.decode(self._tokens)[self._shown :]
 
 
 def token_pieces(values: Iterable[int], vocabulary: Vocabulary, before: Sequence[int] = ()) -> Iterator[str]:
-    """Tokens as text as soon as a character is complete.
-
-    Args:
-      values: the tokens.
-      vocabulary: what they are.
-      before: the tokens that they follow. Not shown, but decoded with them: what a token reads as may depend on the
-        one before it, as a space does that the decoder leaves out at the beginning of a text.
-    """
-    if vocabulary.name == BYTES:
-        yield from text_pieces(values)
-        return
-    tokens = list(before)
-    shown = len(vocabulary.decode(tokens))
-    for value in values:
-        tokens.append(value)
-        text = vocabulary.decode(tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[shown:]
-            shown = len(text)
-    yield vocabulary.decode(tokens)[shown:]
+    """Tokens as text, piece by piece (see `Decoding`)."""
+    decoding = Decoding(vocabulary, before)
+    yield from map(decoding.add, values)
+    yield decoding.end()
 
 
 def encode_prompt(prompt: str, vocabulary: Vocabulary, seen: list[int]) -> Sequence[int]:

@@ -9,7 +9,7 @@ from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.config import write_config
 from hope_jax.training.errors import RunFailed, UserError
 from hope_jax.training.evaluate import compressed_bits, eval_file, evaluate
-from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, text_pieces, token_pieces
+from hope_jax.training.generate import check_prompt, generate_bytes, generate_text, token_pieces
 from hope_jax.training.load import load_run
 from hope_jax.training.run_dir import read_seen_bytes
 from hope_jax.training.step import token_losses
@@ -66,10 +66,10 @@ def test_only_bytes_of_the_training_text_are_produced(run, trained):
 
 
 def test_characters_appear_when_they_are_complete():
-    pieces = list(text_pieces("añ→🎉".encode()))
+    pieces = list(token_pieces("añ→🎉".encode(), load_vocabulary("bytes")))
     assert "".join(pieces) == "añ→🎉"
     assert pieces[1:3] == ["", "ñ"]
-    assert "".join(text_pieces(b"a\xff\xe2\x86")) == "a��"
+    assert "".join(token_pieces(b"a\xff\xe2\x86", load_vocabulary("bytes"))) == "a��"
 
 
 def test_tokens_are_decoded_together_with_those_before_them(tmp_path):
@@ -86,7 +86,7 @@ def test_tokens_are_decoded_together_with_those_before_them(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"Ã": 0, "©": 1, "a": 2, "[UNK]": 3}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "bytes.json"))
-    assert list(token_pieces([0, 1, 0], load_vocabulary(str(tmp_path / "bytes.json")), [2])) == ["é", "�"]
+    assert list(token_pieces([0, 1, 0], load_vocabulary(str(tmp_path / "bytes.json")), [2])) == ["", "é", "", "�"]
 
 
 def test_prompt_with_unseen_bytes_names_them():
