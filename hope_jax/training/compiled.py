@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ _WRAPPERS = ("", "while", "body", "cond", "closed_call", "checkpoint", "rematted
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Communication of one kind in the compiled step."""
 
     kind: str  # "all-gather", ...
