@@ -228,7 +228,8 @@ def test_a_freed_slot_holds_no_trace(attention):
 
 
 def test_a_session_comes_and_goes(attention):
-    pool, session = attention.pool(), attention.session(seen=range(97, 123), run="runs/1")
+    copied = attention._replace(params=jax.tree.map(jnp.copy, attention.params))
+    pool, session = attention.pool(), copied.session(seen=range(97, 123), run="runs/1")
     session.observe("what it read before it came here")
     before = session.digest()
     pool.admit("ann", session)
@@ -238,6 +239,7 @@ def test_a_session_comes_and_goes(attention):
     copy, evicted = pool.session("ann"), pool.evict("ann")
     assert copy.digest() == evicted.digest()
     assert (evicted.run, evicted.tokens) == ("runs/1", session.tokens + 17)
+    assert evicted.params is attention.params  # once in memory for all
     session.observe("what it read here")
     assert_close(evicted, session)
     evicted.observe("and it reads on, as any session does")
