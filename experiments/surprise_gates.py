@@ -96,7 +96,8 @@ def read(session: online.Session, text: np.ndarray) -> Reading:
 def read_randomly(session: online.Session, text: np.ndarray, share: float, seed: int = 0) -> Reading:
     """Each chunk is written with probability `share`."""
     rng, size, reports = np.random.default_rng(seed), session.chunk_size, []
-    for begin in range(0, len(text), size):
+    session.observe(text[:1])  # from here on a call of `size` tokens completes one chunk and its targets
+    for begin in range(1, len(text), size):
         reports.append(session.observe(text[begin : begin + size], update_allowed=rng.random() < share).chunks)
     return _reading(_joined(reports))
 
@@ -104,7 +105,7 @@ def read_randomly(session: online.Session, text: np.ndarray, share: float, seed:
 def read_with_oracle(session: online.Session, text: np.ndarray, look: int) -> Reading:
     """A chunk is written if that lowers the loss of the `look` chunks after it."""
     size, reports = session.chunk_size, []
-    session.observe(text[:1])  # from here on a call of `size` tokens completes one chunk and its targets
+    session.observe(text[:1])
     for begin in range(1, len(text) - size, size):
         tokens, ahead = text[begin : begin + size], text[begin + size : begin + (1 + look) * size]
         written, left = session.fork(), session.fork()

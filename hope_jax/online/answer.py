@@ -1,5 +1,6 @@
 """An answer while it is made: from tokens to text as soon as it is sure, up to a text that ends it."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from hope_jax.training.errors import UserError
@@ -52,16 +53,20 @@ class Answer:
         return shown
 
 
-def check_options(max_tokens: int, temperature: float, top_k: int) -> None:
+def check_options(max_tokens: int, temperature: float, top_k: int, *seeds: int) -> None:
     """Refuses an answer that cannot be made.
 
     Raises:
       UserError: a value out of range.
     """
-    if max_tokens < 1 or temperature < 0 or top_k < 0:
+    if max_tokens < 1 or not 0 <= temperature < math.inf or top_k < 0:
         raise UserError(
-            f"max_tokens must be at least 1, temperature and top_k at least 0; got {max_tokens}, {temperature}, {top_k}"
+            "max_tokens must be at least 1, temperature a finite number and it and top_k at least 0; "
+            f"got {max_tokens}, {temperature}, {top_k}"
         )
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"a seed is at least 0 and below 2**32; got {seed}")
 
 
 def _overlap(text: str, end: str) -> int:

@@ -6,6 +6,7 @@ gives on what the chains saw.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +63,8 @@ def consolidate(
       The new session, and how well it went.
 
     Raises:
-      UserError: a model without a slower CMS level, nested levels (they empty themselves), no such level, or a replay
-        of fewer than two tokens.
+      UserError: a model without a slower CMS level, nested levels (they empty themselves), no such level, a replay of
+        fewer than two tokens, or a number out of range.
 
     Example:
       >>> import jax
@@ -77,6 +78,9 @@ def consolidate(
       >>> bool(done.left < 0.5 * done.forgotten), rested.diff(session) if rested.params is session.params else "new"
       (True, 'new')
     """
+    for name, value, least in (("steps", steps, 1), ("learning_rate", learning_rate, 0), ("keep", keep, 0)):
+        if not least <= value < math.inf:
+            raise UserError(f"{name} must be a finite number, at least {least}; got {value}")
     index, tokens_BT = _level(session, level), _rows(session, replay)
     blocks = session.params["blocks"]
     final = fast_weights(session.model).put(session.params, session.weights())["blocks"]["cms"]

@@ -40,7 +40,7 @@ def _stateless(name: str, write: Callable[[jax.Array], jax.Array]) -> Gate:
 
 @_one_of_each
 def always() -> Gate:
-    """Every chunk: the upper bound of what a gate can learn, at full cost."""
+    """Every chunk: the upper bound of what a gate can learn, and the least work: others read each chunk once more."""
     return _stateless("always", lambda surprise: jnp.ones_like(surprise, bool))
 
 
@@ -110,10 +110,10 @@ def budget(share: float, rate: float = 0.1) -> Gate:
         read, written, bar = state
         bar = jnp.where(read == 0, surprise, bar)
         above = surprise >= bar
-        write = above & (written < jnp.ceil(share * (read + 1)))
+        write = above & (written < jnp.ceil(share * (read + 1.0)))
         return (read + 1, written + write, bar + rate * (above - share)), write
 
-    return Gate(f"budget:{share!r}:{rate!r}", lambda: (jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), update)
+    return Gate(f"budget:{share!r}:{rate!r}", lambda: (jnp.int32(0), jnp.int32(0), jnp.zeros(())), update)
 
 
 GATES: dict[str, Callable[..., Gate]] = {

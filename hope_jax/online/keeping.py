@@ -37,21 +37,34 @@ def from_run(run_dir: Path | str, overrides: tuple[str, ...] = (), **options: An
 
     Args:
       run_dir: of the run.
-      overrides: fields of the model config, as "cms_eta=0.5".
+      overrides: how its levels learn, as "cms_eta=0.5": fields of the model config that are in `LEVELS`.
       options: of `Session`.
 
     Raises:
       UserError: no such run, or an override that cannot be.
     """
-    from hope_jax.training.load import load_pretrained
-    from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
-
-    run_dir = Path(run_dir)
-    config, params = load_pretrained(run_dir)
+    for override in overrides:
+        if (name := override.partition("=")[0]) not in LEVELS:
+            raise UserError(f"{override}: {name} is the run's own; a session chooses {', '.join(LEVELS)}")
+    config = _config_of(Path(run_dir))
     if config.has_cms and not config.fast_chunks:
         chunks = LEARNING_CHUNKS[: len(config.cms_hidden)]
         config = dataclasses.replace(config, cms_chunks=chunks, cms_eta=LEARNING_ETA)
-    config = apply_overrides(dataclasses.replace(config, remat="none"), overrides)
+    return _of_run(Path(run_dir), apply_overrides(config, overrides), **options)
+
+
+def _config_of(run_dir: Path) -> ModelConfig:
+    """Of a run's model, without reading its parameters."""
+    from hope_jax.training.config import read_config
+
+    return dataclasses.replace(read_config(run_dir).model, remat="none")
+
+
+def _of_run(run_dir: Path, config: ModelConfig, **options: Any) -> Session:
+    from hope_jax.training.load import load_pretrained
+    from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
+
+    _, params = load_pretrained(run_dir)
     known = {"vocabulary": run_vocabulary(run_dir), "seen": read_seen_bytes(run_dir), "run": str(run_dir)}
     return Session(config, params, **{**known, **options})
 
@@ -90,9 +103,13 @@ def open(
     if model is not None:
         session = Session(model, params, **made)
     else:
-        base = from_run(run or metadata.get("run") or _no_run(path), (), **made)
-        session = _with_levels(base, chosen, made, path)
-    _check_model(path, metadata, session)
+        run_dir = Path(run or metadata.get("run") or _no_run(path))
+        config = _with_levels(_config_of(run_dir), chosen, path)
+        _check(path, metadata, "config", config_fingerprint(config))  # before a checkpoint is read that may be any
+        session = _of_run(run_dir, config, **made)
+    _check(path, metadata, "config", config_fingerprint(session.model))
+    _check(path, metadata, "base", session.base)
+    _check(path, metadata, "vocabulary", session.vocabulary.digest)
     content = read_session(path, _expected(session))
     if content.metadata != metadata:
         raise UserError(f"{path} was saved by another process while it was opened; open it again")
@@ -168,24 +185,24 @@ def _read_count(text: str) -> int:
     return int(text)
 
 
-def _with_levels(base: Session, chosen: dict[str, Any], options: dict[str, Any], path: Path) -> Session:
+def _with_levels(config: ModelConfig, chosen: dict[str, Any], path: Path) -> ModelConfig:
     try:
-        model = from_dict(base.model, {**dataclasses.asdict(base.model), **chosen})
+        return from_dict(config, {**dataclasses.asdict(config), **chosen})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a session of this run: {one_line(error)}") from error
-    known = {"vocabulary": base.vocabulary, "seen": np.flatnonzero(base.snapshot().seen), "run": base.run}
-    return Session(model, base.params, **{**known, **options})
 
 
 def _no_run(path: Path) -> str:
     raise UserError(f"{path} does not say which run its model comes from; give run=, or model and params")
 
 
-def _check_model(path: Path, metadata: dict[str, str], session: Session) -> None:
-    for name, mine, what in (
-        ("config", config_fingerprint(session.model), "a model with another config (or other clocks of its levels)"),
-        ("base", session.base, "a model with other parameters"),
-        ("vocabulary", session.vocabulary.digest, "a model with another tokenizer"),
-    ):
-        if metadata.get(name) != mine:
-            raise UserError(f"{path} is a session of {what}; open it with the model it began with")
+WHAT = {
+    "config": "a model with another config (or other clocks of its levels)",
+    "base": "a model with other parameters",
+    "vocabulary": "a model with another tokenizer",
+}
+
+
+def _check(path: Path, metadata: dict[str, str], name: str, mine: str) -> None:
+    if metadata.get(name) != mine:
+        raise UserError(f"{path} is a session of {WHAT[name]}; open it with the model it began with")

@@ -245,27 +245,29 @@ class Pool:
         Raises:
           UserError: a user who is not in the pool, a value out of range, or as `observe`.
         """
-        check_options(max_tokens, temperature, top_k)
+        check_options(max_tokens, temperature, top_k, *(seed.values() if isinstance(seed, Mapping) else (seed,)))
         tokens = {user: self._row(user).stream._prompt(prompt) for user, prompt in prompts.items()}
         seeds = _by_user("seed", seed, prompts)
         self._keep({user: self._rows[user] for user in prompts})
         pool = self if learn else copy.copy(self)
         pool._extend(tokens, dict.fromkeys(prompts, learn))
-        choices = functools.partial(pool._choose, seeds, _choices(temperature, top_k))
+        likeliest = _choices(temperature == 0, min(top_k, self._fresh.model.vocab_size))
+        choices = functools.partial(pool._choose, seeds, functools.partial(likeliest, temperature))
         places = {user: pool._place(user) for user in prompts}  # now, not when the first piece is asked for
         answers = {user: Answer(self._fresh.vocabulary, until, tokens[user].tolist()) for user in prompts}
-        return pool._answers(answers, places, choices, max_tokens, learn and learn_on_generated)
+        here = functools.partial(self._stays, places)  # who is in this pool, also where a copy answers
+        return pool._answers(answers, here, choices, max_tokens, learn and learn_on_generated)
 
     def _answers(
         self,
         answers: dict[str, Answer],
-        places: Mapping[str, tuple[int, int] | None],
+        here: Callable[[str], bool],
         choices: Callable[[list[str], int], dict[str, int]],
         max_tokens: int,
         teaches: bool,
     ) -> Iterator[tuple[str, str]]:
         for i in range(max_tokens):
-            asked = [user for user, one in answers.items() if not one.ended and self._place(user) == places[user]]
+            asked = [user for user, one in answers.items() if not one.ended and here(user)]
             chosen = choices(asked, i) if asked else {}
             tokens = {user: token for user, token in chosen.items() if token != self._fresh.vocabulary.end}
             self._extend({user: np.array([token]) for user, token in tokens.items()}, dict.fromkeys(tokens, teaches))
@@ -277,6 +279,10 @@ class Pool:
                 return
         for user, answer in answers.items():
             yield user, answer.end()
+
+    def _stays(self, places: Mapping[str, tuple[int, int] | None], user: str) -> bool:
+        """Whether a user has not left since."""
+        return self._place(user) == places[user]
 
     def _choose(self, seeds: Mapping[str, int], choices: Callable, users: list[str], i: int) -> dict[str, int]:
         """The i-th token of each user's answer."""
@@ -463,12 +469,13 @@ def _in_turn[T](f: Callable[..., T], live_B: jax.Array, changing: T, fixed: tupl
     return jax.lax.fori_loop(0, live_B.sum(), body, changing)
 
 
-@functools.cache
-def _choices(temperature: float, top_k: int) -> Callable[..., jax.Array]:
-    """(logits_BV, seed_B, i, allowed_BV) -> the i-th token_B of answers."""
+@functools.lru_cache(maxsize=16)
+def _choices(greedy: bool, top_k: int) -> Callable[..., jax.Array]:
+    """(temperature, logits_BV, seed_B, i, allowed_BV) -> the i-th token_B of answers."""
 
-    def choose(logits_V, seed, i, allowed_V):
+    def choose(temperature, logits_V, seed, i, allowed_V):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
+        heat = 0.0 if greedy else temperature
+        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=heat, top_k=top_k)
 
-    return jax.jit(jax.vmap(choose, in_axes=(0, 0, None, 0)))
+    return jax.jit(jax.vmap(choose, in_axes=(None, 0, 0, None, 0)))

@@ -17,11 +17,11 @@ class LevelReport(NamedTuple):
 
     name: str  # "level_0" is the fastest
     chunk_size: int  # tokens per write
-    updates: int  # how often it was written
+    updates: int  # how often it changed
     pending: int  # tokens that wait for its next write
     step: float  # norm of its last change over the norm of its start weights
     gradient: float  # norm of the mean gradient of its last write
-    moved: float  # distance from its start weights over their norm
+    moved: float  # distance from its start weights over their norm; nan without a whole chunk
     dead: bool  # its gradient is nothing beside that of the others
 
 
@@ -45,7 +45,7 @@ class Report(NamedTuple):
         if self.rolled_back:
             found.append(
                 f"{self.rolled_back} chunks gave numbers that are not finite and were rolled back; "
-                "lower cms_eta or set max_moved"
+                "lower cms_eta, set max_moved, or forget a level"
             )
         found += [
             f"{level.name} (every {level.chunk_size} tokens) hardly learns" for level in self.levels if level.dead
@@ -110,17 +110,21 @@ def summarize(
       new_contexts: of the call.
     """
     ran = ~chunks.rolled_back
-    gradients = [_last(chunks.gradient[:, i], chunks.fired[:, i] & chunks.wrote) for i in range(len(clocks))]
+    changed = chunks.fired & (chunks.step > 0)  # due, and something was taught since the last time
+    gradients = [_last(chunks.gradient[:, i], changed[:, i]) for i in range(len(clocks))]
+    least = DEAD * max(gradients, default=0.0)
+    # A level that never changes is dead if every chunk taught; else it may not have been its turn.
+    learned = changed.any(axis=0) | ~(chunks.fired.any(axis=0) & chunks.wrote.all())
     levels = tuple(
         LevelReport(
             name=f"level_{i}",
             chunk_size=clock,
-            updates=int(chunks.fired[:, i].sum()),
+            updates=int(changed[:, i].sum()),
             pending=written % clock + held,
-            step=_last(chunks.step[:, i], chunks.fired[:, i]),
+            step=_last(chunks.step[:, i], changed[:, i]),
             gradient=gradients[i],
-            moved=float(chunks.moved[-1, i]) if len(chunks.moved) else 0.0,
-            dead=bool(chunks.fired[:, i].any()) and gradients[i] < DEAD * max(gradients),
+            moved=float(chunks.moved[-1, i]) if len(chunks.moved) else math.nan,
+            dead=bool(~learned[i]) or (bool(changed[:, i].any()) and gradients[i] < least),
         )
         for i, clock in enumerate(clocks)
     )

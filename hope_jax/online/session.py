@@ -1,6 +1,7 @@
 """A session: one stream that a model reads and learns from, and answers from."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
 type Text = str | bytes | Sequence[int] | np.ndarray  # text, bytes or tokens
 
 ONE = np.ones(1, bool)
+NOTHING = Held(np.zeros(0, np.int32), np.zeros(0, bool))
 FAST, CONTEXT, ALL = "fast", "context", "all"  # what can be forgotten, beside the names of levels
 
 
@@ -42,7 +44,8 @@ class Session:
     """A stream of text that a model learns from while it reads.
 
     Whole chunks of the fastest level are read and written by one compiled program; what is not yet a chunk waits. So
-    the state depends on the stream alone, to the bit, not on how it was cut into calls, saved or forked.
+    the state depends on the stream's tokens alone, to the bit, not on how it was cut into calls, saved or forked. (Text
+    for a tokenizer is cut where tokens end: pieces are tokenised apart.)
 
     Args:
       model: the config of the model. Its fast levels (`cms_chunks`, `mlp_chunks`) learn, by steps of `cms_eta`;
@@ -87,13 +90,14 @@ class Session:
     ):
         if max_moved is not None and not max_moved > 0:
             raise UserError(f"max_moved is a distance in norms of the start weights, above 0, or None; got {max_moved}")
-        self.model, self.params, self.run = model, params, run
+        self.model = dataclasses.replace(model, bptt_chunks=())  # nothing is differentiated through a stream
+        self.params, self.run = params, run
         self.gate, self.max_moved = gate or always(), max_moved
         self.file: tuple[Path, str] | None = None  # where it was read from or last saved to, and that file's digest
         self.vocabulary = vocabulary or load_vocabulary(BYTES)
-        self._stream = build_stream(model, self.gate, max_moved, measure_after)
+        self._stream = build_stream(self.model, self.gate, max_moved, measure_after)
         self._state = self.fresh_state()
-        self._held = Held(np.zeros(0, np.int32), np.zeros(0, bool))
+        self._held = NOTHING
         self._read = 0  # tokens in whole chunks
         self._context = 0  # of them, those since the context began
         if self._room(0) < self.chunk_size:
@@ -113,7 +117,8 @@ class Session:
         """Reads what comes next in the stream, and learns from it.
 
         Args:
-          text: text, bytes or tokens. Bytes that are not UTF-8 are bytes like any other to a byte model.
+          text: text, bytes or tokens. Bytes that are not UTF-8 are bytes like any other to a byte model. The report
+            has a loss for every token: read what is very long in pieces.
           update_allowed: False: no level is taught by these tokens, for text that is not trusted. The context
             (attention cache, memories inside the layers) reads them all the same; `score` leaves no trace at all.
 
@@ -170,15 +175,15 @@ class Session:
           max_tokens: length of the answer.
           temperature: 0 takes the likeliest token.
           top_k: only the k likeliest tokens; 0: all.
-          seed: of the sampling.
+          seed: of the sampling, below 2**32.
           learn: False: prompt and answer leave no trace in the session.
           learn_on_generated: the answer teaches the levels too (spec 6.3: by default it is only read).
-          until: the answer ends before this text, for instance a line end.
+          until: the answer ends before this text, for instance a line end; the stream has read it.
 
         Raises:
           UserError: a value out of range, or as `observe`.
         """
-        check_options(max_tokens, temperature, top_k)
+        check_options(max_tokens, temperature, top_k, seed)
         session = self if learn else self.fork()
         tokens = self._prompt(prompt)
         session._extend(tokens, np.full(len(tokens), learn))
@@ -188,7 +193,7 @@ class Session:
     def _tokens_of_answer(
         self, max_tokens: int, temperature: float, top_k: int, seed: int, teaches: bool
     ) -> Iterator[int]:
-        choose = _choice(temperature, top_k)
+        choose = functools.partial(_choice(temperature == 0, min(top_k, self.model.vocab_size)), temperature)
         root = jax.random.key(seed)
         for i in range(max_tokens):
             token = int(choose(self._look(), jax.random.fold_in(root, i), self._seen))
@@ -206,7 +211,7 @@ class Session:
 
         Args:
           level: "fast" (the fastest), the name or number of a level, "context" (memories and caches inside the
-            layers) or "all" (levels and context).
+            layers, and the tokens that wait for a whole chunk) or "all" (levels, context and gate).
 
         Raises:
           UserError: there is no such level.
@@ -219,11 +224,14 @@ class Session:
         for i in chosen:
             state = self._stream.forget(self.params, state, ONE, i)
         if level in (CONTEXT, ALL):
-            state, self._context = self._stream.new_context(self.params, state, ONE), 0
+            state, self._context, self._held = self._stream.new_context(self.params, state, ONE), 0, NOTHING
+        if level == ALL:
+            state = state._replace(gate=self.fresh_state().gate)
         self._state, self._ahead = state, None
 
     def snapshot(self) -> Snapshot:
         """Where the session stands; nothing is copied, and nothing of it ever changes."""
+        self._extend(*NOTHING)  # whole chunks that an interrupt left
         return Snapshot(self._state, self._held, self._seen, self._read, self._context)
 
     def resume(self, snapshot: Snapshot) -> None:
@@ -287,7 +295,7 @@ class Session:
         made.__dict__.pop("base", None)
         made.params, made.file, made.run, made._ahead = params, None, "", None
         made._state = made.fresh_state()
-        made._held, made._read, made._context = Held(np.zeros(0, np.int32), np.zeros(0, bool)), 0, 0
+        made._held, made._read, made._context = NOTHING, 0, 0
         return made
 
     def diff(self, other: "Session") -> dict[str, float]:
@@ -337,7 +345,12 @@ class Session:
         if isinstance(text, bytes):
             text = np.frombuffer(text, np.uint8) if self.vocabulary.name == BYTES else text.decode("utf-8", "replace")
         if isinstance(text, str):
-            text = self.vocabulary.encode([text])[0]
+            try:
+                text = self.vocabulary.encode([text])[0]
+            except TypeError as error:  # a tokenizer takes no lone surrogates
+                raise UserError(
+                    f"the text {text!r:.80} is not UTF-8; this model reads text through a tokenizer"
+                ) from error
         tokens = np.asarray(text)
         if not tokens.size:
             return tokens.astype(np.int32).reshape(-1)
@@ -426,12 +439,13 @@ class Session:
         )
 
 
-@functools.cache
-def _choice(temperature: float, top_k: int) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
-    """(logits [V], key, allowed [V]) -> a token."""
+@functools.lru_cache(maxsize=16)
+def _choice(greedy: bool, top_k: int) -> Callable[..., jax.Array]:
+    """(temperature, logits [V], key, allowed [V]) -> a token."""
 
-    def choose(logits_V, key, allowed_V):
-        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=temperature, top_k=top_k)
+    def choose(temperature, logits_V, key, allowed_V):
+        heat = 0.0 if greedy else temperature
+        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=heat, top_k=top_k)
 
     return jax.jit(choose)
 

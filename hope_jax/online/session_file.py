@@ -25,6 +25,7 @@ from hope_jax.training.files import write_bytes
 
 FORMAT = "hope_jax session 1"
 MOST_HEADER = 1 << 20  # bytes; that of a session has a few kilobytes
+PRIVATE = 0o600  # the last tokens of somebody's text are in it
 PATIENCE = 30.0  # seconds to wait for another process that saves into the same folder
 DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I32": np.int32, "U32": np.uint32, "F32": np.float32, "F64": np.float64}
 
@@ -68,7 +69,7 @@ def write_session(path: Path, content: SessionFile, *, known: str | None, overwr
                     f"{path} holds a session that this one does not come from (another process may have saved it); "
                     "save under another name, or with overwrite=True"
                 )
-            write_bytes(path, data, path.with_name(f".{path.name}.tmp"))
+            write_bytes(path, data, path.with_name(f".{path.name}.tmp"), PRIVATE)
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         raise UserError(f"cannot save the session to {path}: {why}; what was there before is untouched") from error

@@ -53,7 +53,7 @@ class ChunkReport(NamedTuple):
     before: Array  # [...] float32, their mean: the chunk's surprise
     after: Array  # [...] float32, the same at the weights it left behind
     wrote: Array  # [...] bool, the gate was open and something taught
-    rolled_back: Array  # [...] bool, something was not finite: the chunk left no trace
+    rolled_back: Array  # [...] bool, something was not finite: nothing of the chunk is left, nor of what was pending
     fired: Array  # [..., L] bool, the level's clock was due
     step: Array  # [..., L] float32, norm of the level's change over the norm of its start weights
     gradient: Array  # [..., L] float32, norm of the mean gradient over the level's chunk, of levels that fired
@@ -174,28 +174,37 @@ def _one_chunk(
 
     surprise_B = read(old.nest.levels) if gate.name != "always" else jnp.zeros(live_B.shape)
     gate_state, open_B = jax.vmap(gate.update)(old.gate, surprise_B)
+    gate_state = choose(taught_BC.any(axis=1), gate_state, old.gate)  # it does not look at what may not teach
     taught_BC = taught_BC & open_B[:, None]
     chunk = Chunks(*(leaf[:, None] for leaf in (tokens_BC, target_BC, real_BC, taught_BC)))
     nest, logits_BNCV = model.write(params, old.nest, chunk, None)
     losses_BC = losses(logits_BNCV[:, 0])
     before_B = losses_BC.mean(axis=1)
-    nest = nest._replace(levels=_clamp(model, params, nest.levels, max_moved))
+    written = nest.levels
+    nest = nest._replace(levels=_clamp(model, params, written, max_moved))
     after_B = read(nest.levels) if measure_after and config.adapts else before_B
     finite_B = _finite((nest, before_B, after_B))
-    new = choose(live_B & finite_B, StreamState(nest, gate_state), old)
+    undone = old._replace(nest=old.nest._replace(levels=_without_pending(old.nest.levels)))
+    new = choose(live_B, choose(finite_B, StreamState(nest, gate_state), undone), old)
     report = ChunkReport(
         losses=losses_BC,
         before=before_B,
         after=after_B,
         wrote=taught_BC.any(axis=1) & finite_B,
         rolled_back=~finite_B & live_B,
-        **_movement(config, model, params, old.nest, new.nest, live_B & finite_B),
+        **_movement(config, model, params, old.nest, new.nest, written, live_B & finite_B),
     )
     return new, report
 
 
 def _movement(
-    config: ModelConfig, model: Chunked, params: Any, old: NestState, new: NestState, ran_B: Array
+    config: ModelConfig,
+    model: Chunked,
+    params: Any,
+    old: NestState,
+    new: NestState,
+    written: tuple[LevelState, ...],
+    ran_B: Array,
 ) -> dict[str, jax.Array]:
     """The fields of a report that speak of levels, [B, L]."""
     if not config.adapts:
@@ -205,13 +214,19 @@ def _movement(
     before, after = model.weights(old.levels), model.weights(new.levels)
     norm_BL = _norms(start)
     step_BL = _norms(jax.tree.map(jnp.subtract, after, before))
+    unclamped_BL = _norms(jax.tree.map(jnp.subtract, model.weights(written), before))
     every_BL = jnp.array([[chunk // model.size for chunk in config.fast_chunks]])
     return {
         "fired": (new.phase[:, None] % every_BL == 0) & ran_B[:, None],
         "step": step_BL / norm_BL,
-        "gradient": step_BL / config.cms_eta,  # a step is eta times the mean of the chunk's gradients
+        "gradient": unclamped_BL / config.cms_eta,  # a step is eta times the mean of the chunk's gradients
         "moved": _norms(jax.tree.map(jnp.subtract, after, start)) / norm_BL,
     }
+
+
+def _without_pending(levels: tuple[LevelState, ...]) -> tuple[LevelState, ...]:
+    """What waits may be what is not finite: kept, it would undo every chunk to come."""
+    return tuple(level._replace(pending=jax.tree.map(jnp.zeros_like, level.pending)) for level in levels)
 
 
 def _clamp(model: Chunked, params: Any, levels: tuple[LevelState, ...], max_moved: float | None) -> tuple:

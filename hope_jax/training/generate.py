@@ -76,13 +76,13 @@ def _prefill(lm: Any, params: Any, tokens_BT: np.ndarray) -> tuple[Any, jax.Arra
 
 
 def choose_token(
-    logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float, top_k: int
+    logits_V: jax.Array, key: jax.Array, *, allowed_V: np.ndarray, temperature: float | jax.Array, top_k: int
 ) -> jax.Array:
     """A token [] drawn from logits [V]: one of the `top_k` (0: all) likeliest allowed ones."""
     logits_V = jnp.where(allowed_V, logits_V.astype(jnp.float32), -jnp.inf)
     if top_k:
         logits_V = jnp.where(logits_V < jax.lax.top_k(logits_V, min(top_k, logits_V.size))[0][-1], -jnp.inf, logits_V)
-    if temperature == 0:
+    if isinstance(temperature, float | int) and temperature == 0:
         return logits_V.argmax().astype(jnp.int32)
     return jax.random.categorical(key, logits_V / temperature).astype(jnp.int32)
 

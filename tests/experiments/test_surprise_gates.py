@@ -26,6 +26,8 @@ def text():
 def test_writing_everything_at_random_is_always(make, text):
     whole = surprise_gates.read(make(online.always()), text)
     assert surprise_gates.read_randomly(make(online.always()), text, 1.0) == whole
+    half = surprise_gates.read_randomly(make(online.always()), text, 0.5)  # 24 chunks
+    assert abs(half.written - 0.5) < 3 * (0.25 / 24) ** 0.5
     assert whole.written == 1
     never = surprise_gates.read_randomly(make(online.always()), text, 0.0)
     assert never.written == 0 and never.loss > whole.loss

@@ -139,12 +139,17 @@ def test_text_that_is_not_trusted_teaches_nothing(config, params, text):
     assert set(only.diff(online.Session(config, params)).values()) == {0.0}
 
 
-def test_forgetting_a_level(whole, config, params):
+def test_forgetting_a_level(whole, config, params, text):
     fresh = online.Session(config, params)
     for level, zero in (("fast", {"level_0"}), (1, {"level_1"}), ("all", {"level_0", "level_1"}), ("context", set())):
         session = whole[0].fork()
         session.forget(level)
         assert {name for name, distance in session.diff(fresh).items() if distance == 0} == zero
+    waiting = online.Session(config, params, gate=online.budget(0.25))
+    waiting.observe(text[:100])
+    waiting.forget("all")
+    fresh = online.Session(config, params, gate=online.budget(0.25))
+    jax.tree.map(np.testing.assert_array_equal, waiting.snapshot()[:2], fresh.snapshot()[:2])
     with pytest.raises(UserError, match="nothing is called 'slow' in this session; it has fast, level_0, level_1"):
         session.forget("slow")
 
@@ -183,6 +188,50 @@ def test_what_gates_let_through(gate, expected):
         state, write = gate.update(state, jnp.float32(surprise))
         wrote.append(int(write))
     assert wrote == expected
+
+
+def test_text_that_may_not_teach_does_not_spend_the_budget(config, params, text):
+    def wrote(before):
+        session = online.Session(config, params, gate=online.budget(0.25), measure_after=False)
+        session.observe(before, update_allowed=False)
+        return session.snapshot().state.gate
+
+    fresh = online.Session(config, params, gate=online.budget(0.25)).snapshot().state.gate
+    jax.tree.map(np.testing.assert_array_equal, wrote(text[:200]), fresh)
+
+
+def test_an_interrupt_loses_nothing(config, params, text, monkeypatch, tmp_path):
+    """Ctrl-C in the second of several programs of one call: what was not read yet is read when it is saved."""
+    session, calls = online.Session(config, params), []
+    stream = session._stream
+
+    def advance(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return stream.advance(*arguments)
+
+    monkeypatch.setattr(session, "_stream", stream._replace(advance=advance))
+    with pytest.raises(KeyboardInterrupt):
+        session.observe(text)
+    session.save(tmp_path / "a")
+    again = online.open(tmp_path / "a", config, params)
+    assert again.tokens == session.tokens > 96
+    unbroken = online.Session(config, params)
+    unbroken.observe(text[: session.tokens])
+    assert again.digest() == unbroken.digest()
+
+
+def test_a_pending_error_that_is_not_finite_does_not_undo_every_chunk(config, params, text):
+    session = online.Session(config, params)
+    session.observe(text[:17])
+    now = session.snapshot()
+    levels = list(now.state.nest.levels)
+    levels[1] = levels[1]._replace(pending=jax.tree.map(lambda leaf: leaf + jnp.inf, levels[1].pending))
+    nest = now.state.nest._replace(levels=tuple(levels))
+    session.resume(now._replace(state=now.state._replace(nest=nest)))
+    report = session.observe(text[17:])
+    assert report.rolled_back == 1
 
 
 def test_gates_are_named_so_that_they_can_be_made_again():
@@ -231,8 +280,11 @@ def test_what_cannot_be_read_is_refused(config, params):
     for tokens, message in (([256], "0 to 255; got 256"), ([-1], "got -1"), ([0.5], "integers; got float64")):
         with pytest.raises(UserError, match=message):
             session.observe(tokens)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="max_tokens must be at least 1"):
-        session.generate("x", max_tokens=0)
+    for options in ({"max_tokens": 0}, {"temperature": float("nan")}, {"temperature": -1.0}, {"top_k": -1}):
+        with pytest.raises(UserError, match="max_tokens must be at least 1"):
+            session.generate("x", **options)
+    with pytest.raises(UserError, match="below 2"):
+        session.generate("x", seed=2**32)
     assert session.digest() == digest
 
 
