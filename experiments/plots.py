@@ -254,7 +254,7 @@ def with_spread(cells: Cells, table: Table) -> Any:
             points = [(i + 0.9 * number / len(models), best.values(score)) for i, best in found if best.has(score)]
             places, means = [at for at, _ in points], [100 * statistics.fmean(values) for _, values in points]
             spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-            axes.errorbar(places, means, spread, fmt="os^vD"[number % 5], capsize=2, label=model)
+            axes.errorbar(places, means, spread, fmt="os^vDP*"[number % 7], capsize=2, label=model)
         axes.set_xticks([i + 0.4 for i in range(len(columns))], columns)
         axes.set(ylabel=f"{score}, percent", ylim=(-5, 105))
         axes.grid(alpha=0.3)

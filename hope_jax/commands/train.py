@@ -96,11 +96,13 @@ def _base(arguments: argparse.Namespace) -> "tuple[TrainConfig, Path]":
         raise UserError(f"a run that begins from {there} needs a place of its own; give it with --run DIR")
 
     from hope_jax.training.config import read_config
-    from hope_jax.training.origin import config_from
+    from hope_jax.training.origin import config_from, levels_added
     from hope_jax.training.run_dir import holds_run
 
     if (arguments.resume or arguments.auto_resume) and holds_run(run_dir):
         own = read_config(run_dir)  # what it began from may have changed, or be gone
+        if arguments.add_level and levels_added(run_dir) == 0:
+            raise UserError(f"{run_dir} began without a new level; leave out --add-level, or give another --run")
         return dataclasses.replace(own, start=dataclasses.replace(own.start, run=str(there))), run_dir
     return config_from(there, add_level=arguments.add_level), run_dir
 

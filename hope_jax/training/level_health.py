@@ -21,14 +21,17 @@ def ratios(record: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def dead_levels(records: Iterable[Mapping[str, float]]) -> list[str]:
+def dead_levels(steps: Iterable[Mapping[str, float]]) -> list[str]:
     """The levels whose ratio was below `FRACTION` of the greatest in each of the last `STEPS` steps.
 
-    >>> steps = [{"level_0/gradient_ratio": 1.0, "level_1/gradient_ratio": 1e-3}] * STEPS
+    Args:
+      steps: the `ratios` of each.
+
+    >>> steps = [{"level_0": 1.0, "level_1": 1e-3}] * STEPS
     >>> dead_levels(steps), dead_levels(steps[1:])
     (['level_1'], [])
     """
-    last = deque((found for record in records if (found := ratios(record))), maxlen=STEPS)
+    last = deque(steps, maxlen=STEPS)
     if len(last) < STEPS:
         return []
     quiet = [{level for level, ratio in one.items() if ratio < FRACTION * max(one.values())} for one in last]
@@ -48,7 +51,10 @@ class Health:
         Args:
           record: of the step.
         """
-        self._last.append(record)
+        found = ratios(record)
+        if not found:
+            return []
+        self._last.append(found)
         new = [level for level in dead_levels(self._last) if level not in self._said]
         self._said |= set(new)
         return [

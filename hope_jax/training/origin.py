@@ -21,7 +21,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.files import write_text
 from hope_jax.training.optimizer import build_optimizer, carry_optimizer
 from hope_jax.training.overrides import one_line
-from hope_jax.training.run_dir import ORIGIN_FILE, read_corpus_facts, run_vocabulary
+from hope_jax.training.run_dir import ORIGIN_FILE, read_corpus_facts, run_vocabulary, tokenizer_of
 from hope_jax.training.step import Program, TrainState, abstract_state
 from hope_jax.training.vocabulary import load_vocabulary
 from hope_jax.types import path_string
@@ -48,7 +48,8 @@ def config_from(run_dir: Path, *, add_level: bool = False) -> TrainConfig:
       UserError: there is no run, or its model cannot take a level.
     """
     there = read_config(run_dir)
-    config = dataclasses.replace(there, start=StartConfig(run=str(run_dir)), decay_steps=0)
+    tokenizer = tokenizer_of(there, run_dir)
+    config = dataclasses.replace(there, start=StartConfig(run=str(run_dir)), decay_steps=0, tokenizer=tokenizer)
     if not add_level:
         return config
     try:
@@ -159,6 +160,12 @@ def _record(origin: Origin, config: TrainConfig, step: int, expected: dict[str, 
     facts = {"run": str(origin.run_dir), "step": step, **expected, "momentum": config.start.momentum}
     if distributed.is_primary():
         write_text(run_dir / ORIGIN_FILE, json.dumps(facts | {"new_levels": origin.new_levels}) + "\n")
+
+
+def levels_added(run_dir: Path) -> int | None:
+    """How many CMS levels a run has in front of those of the run that it began from; None if that is not written."""
+    path = run_dir / ORIGIN_FILE
+    return len(json.loads(path.read_text())["new_levels"]) if path.exists() else None
 
 
 def describe_origin(origin: Origin, config: TrainConfig) -> str:

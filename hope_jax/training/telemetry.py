@@ -26,6 +26,7 @@ class Telemetry:
     def __init__(self, config: TrainConfig, clock: Clock, seconds_at_peak: float | None, bytes_per_token: float = 1.0):
         self._bytes_per_token = bytes_per_token
         self.clock, self.times = clock, StepTimes()
+        self._prefixes = bool(config.matryoshka)  # the loss is then a sum over several heads, no bits of the text
         self._tokens, self._seconds_at_peak = config.batch_size * config.seq_len, seconds_at_peak
 
     @property
@@ -48,12 +49,13 @@ class Telemetry:
         loss = float(metrics.loss)
         record = {
             "loss": loss,
-            "bits_per_byte": bits(loss) / self._bytes_per_token,
             "grad_norm": float(metrics.grad_norm),
             "update_norm": float(metrics.update_norm),
             "params_norm": float(metrics.params_norm),
             "learning_rate": float(metrics.learning_rate),
         }
+        if not self._prefixes:
+            record["bits_per_byte"] = bits(loss) / self._bytes_per_token
         for level, norm in metrics.level_update_norm.items():
             record[f"{level}/{UPDATE_NORM}"] = float(norm)
             record[f"{level}/{WAITED}"] = int(metrics.level_waited[level])

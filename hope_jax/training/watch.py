@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hope_jax.training.errors import UserError
-from hope_jax.training.level_health import STEPS, dead_levels
+from hope_jax.training.level_health import STEPS, dead_levels, ratios
 from hope_jax.training.run_view import Reader, View, duration
 from hope_jax.training.telemetry import DISTANCE, GRADIENT_RATIO, UPDATE_NORM, WAITED
 
@@ -151,7 +151,8 @@ def _levels(view: View) -> list[Table]:
     table.add_column("")
     for column in ("written", "last update", "gradient / weights", "distance from the start"):
         table.add_column(column, justify="right")
-    dead = dead_levels(view.records[-2 * STEPS :])  # evaluations lie between the steps
+    steps = map(ratios, view.records[-2 * STEPS :])  # evaluations lie between them
+    dead = dead_levels(found for found in steps if found)
     for level in view.levels:
         updates = [norm for norm in view.series(f"{level}/{UPDATE_NORM}") if norm]
         last = _form(updates[-1] if updates else None, "{:.4g}")

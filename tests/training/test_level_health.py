@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hope_jax.training.config import StartConfig, write_config
 from hope_jax.training.errors import UserError
-from hope_jax.training.level_health import FRACTION, STEPS, Health, dead_levels
+from hope_jax.training.level_health import FRACTION, STEPS, Health, dead_levels, ratios
 from hope_jax.training.metrics import METRICS_FILE
 from hope_jax.training.plots import plot_runs
 from hope_jax.training.watch import watch
@@ -32,8 +32,9 @@ def test_a_dead_level_is_named_once_after_so_many_steps():
 
 def test_one_level_or_none_is_never_dead():
     """The greatest is the measure, and what is no CMS level does not count."""
-    assert not dead_levels([record(step, 0.0) for step in range(STEPS)])
-    assert not dead_levels([record(step) for step in range(STEPS)])
+    assert not dead_levels([ratios(record(step, 0.0)) for step in range(STEPS)])
+    health = Health()
+    assert not any(health.news(record(step)) for step in range(STEPS))
 
 
 def test_what_is_shown(small, tmp_path):

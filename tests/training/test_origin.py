@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from hope_jax import reset_momentum
+from hope_jax.cli import main
 from hope_jax.models import ModelConfig
 from hope_jax.training.checkpoint import Checkpoints
 from hope_jax.training.config import MeshConfig, StartConfig, TrainConfig, config_hash, write_config
@@ -231,3 +232,10 @@ def test_another_tokenizer_is_refused(first, tmp_path):
     config = dataclasses.replace(config_from(first.run_dir), tokenizer=str(path))
     with pytest.raises(UserError, match=r"makes other tokens than those that .* \(tokenizer=bytes\)"):
         find_origin(config, build_program(config), tmp_path / "run")
+
+
+def test_a_continuation_adds_no_level(first, tmp_path, capsys):
+    train(dataclasses.replace(config_from(first.run_dir), steps=1), tmp_path / "run")
+    words = ["train", "--from", str(first.run_dir), "--add-level", "--resume", "--run", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "began without a new level; leave out --add-level" in capsys.readouterr().err
