@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from hope_jax.commands import Commands
 from hope_jax.training.errors import UserError
@@ -27,7 +28,9 @@ def add(commands: Commands) -> None:
     """Adds the commands."""
     learn = _command(commands, "learn", "read a text into a session: hope learn RUN --session FILE --data FILE", _FLOW)
     learn.add_argument("--session", type=Path, required=True, metavar="FILE", help="it is continued if it exists")
-    learn.add_argument("--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text file")
+    learn.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text file; all of it is read into memory"
+    )
     learn.set_defaults(function=_learn)
 
     chat = _command(commands, "chat", "talk with a run that learns from it, and see it learn", _FLOW)
@@ -52,7 +55,13 @@ def _command(commands: Commands, name: str, what: str, epilog: str) -> argparse.
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, for example runs/tiny")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the model: cms_eta=0.5 cms_chunks=16,64")
+    parser.add_argument("--gate", metavar="NAME[:NUMBERS]", help="which chunks a new session learns: budget:0.25")
+    parser.add_argument("--max-moved", type=float, metavar="X", help="how far a level may go, in norms of its start")
     return parser
+
+
+def _learning(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"gate": arguments.gate, "max_moved": arguments.max_moved}
 
 
 def _learn(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -61,7 +70,7 @@ def _learn(arguments: argparse.Namespace, argv: list[str]) -> int:
     from hope_jax.training.cache import keep_compiled
 
     keep_compiled()
-    learn_file(arguments.run, arguments.session, arguments.data, arguments.overrides)
+    learn_file(arguments.run, arguments.session, arguments.data, arguments.overrides, **_learning(arguments))
     return 0
 
 
@@ -72,7 +81,7 @@ def _chat(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     keep_compiled()
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
-    chat(arguments.run, arguments.session, arguments.overrides, **options)
+    chat(arguments.run, arguments.session, arguments.overrides, **_learning(arguments), **options)
     return 0
 
 
@@ -94,5 +103,6 @@ def _serve(arguments: argparse.Namespace, argv: list[str]) -> int:
         directory=arguments.sessions,
         max_sessions=arguments.max_sessions,
         max_bytes=arguments.max_bytes,
+        **_learning(arguments),
     )
     return 0

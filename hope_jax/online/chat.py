@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from hope_jax.online.learn import read_file, read_with_progress, start_or_continue
+from hope_jax.online.learn import read_file, read_with_progress, save_beside, start_or_continue
 from hope_jax.online.report import LevelReport, Report
 from hope_jax.online.session import Session
 from hope_jax.training.errors import UserError
@@ -98,7 +98,9 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print(" (stopped)", end="", style="dim")
         self.console.print()
-        self.session.observe("\n", update_allowed=False)
+        last = self.session.snapshot().held.tokens[-1:]  # the last token read always waits for the next
+        if "\n" not in self.session.vocabulary.decode(last.tolist()):  # the model did not end its line
+            self.session.observe("\n", update_allowed=False)
 
     def tell(self, text: str) -> None:
         """/tell"""
@@ -141,13 +143,17 @@ class Chat:
         self.say(f"saved {file}: {self.session.tokens:,} tokens")
 
     def end(self) -> None:
-        """Saves what is not saved yet, where there is a file for it."""
+        """Saves what is not saved yet, where there is a file for it, or beside that if it cannot be written."""
         if self.session.digest() == self.saved:
             return
         if self.file is None:
             self.say("nothing was saved; start with --session FILE to keep what was learned")
-        else:
+            return
+        try:
             self.save("")
+        except UserError as error:
+            self.say(str(error), style="red")
+            self.say(f"saved {save_beside(self.session, self.file)} instead: {self.session.tokens:,} tokens")
 
     def say(self, text: str, style: str = "dim") -> None:
         """A line of the program, not of the model."""
@@ -192,20 +198,29 @@ def bar(share: float) -> str:
     return ("█" * round(share * WIDTH)).ljust(WIDTH)
 
 
-def chat(run_dir: Path, file: Path | None, overrides: Sequence[str], **options: Any) -> None:
+def chat(
+    run_dir: Path,
+    file: Path | None,
+    overrides: Sequence[str],
+    *,
+    gate: str | None = None,
+    max_moved: float | None = None,
+    **options: Any,
+) -> None:
     """What `hope chat` does.
 
     Args:
       run_dir: of the run.
       file: of the session; it is continued if it exists, and saved at the end.
       overrides: fields of the model config, for a new session.
+      gate, max_moved: for a new session, as of `start_or_continue`.
       options: of `Session.answer`.
 
     Raises:
       UserError: no such run, or a file that is not a session of it.
     """
     console = Console(highlight=False, emoji=False, markup=False)
-    session = start_or_continue(run_dir, file, overrides)
+    session = start_or_continue(run_dir, file, overrides, gate=gate, max_moved=max_moved)
     conversation = Chat(session, file, console, **options)
     clocks = ", ".join(f"{clock:,}" for clock in session.clocks) or "none"
     conversation.say(f"{run_dir}: {session.tokens:,} tokens read before; levels write every {clocks} tokens; /help")

@@ -1,5 +1,6 @@
 """`hope learn`, and sessions in files as the command line uses them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,36 +8,73 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from hope_jax.online.gates import parse_gate
 from hope_jax.online.keeping import from_run
 from hope_jax.online.keeping import open as open_session
-from hope_jax.online.reading import joined, read
+from hope_jax.online.reading import joined, read, without_losses
 from hope_jax.online.report import Report
 from hope_jax.online.session import Session
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import apply_overrides
 
 
-def start_or_continue(run_dir: Path, file: Path | None, overrides: Sequence[str] = ()) -> Session:
-    """The session of a file, or a new one of the run where there is no file yet.
+def learning_options(gate: str | None, max_moved: float | None) -> dict[str, Any]:
+    """Those options of `Session` that a command line gives, of those that it does give.
 
     Raises:
-      UserError: no such run, a file that is not a session of it, or overrides that a session which has begun does
-        not follow.
+      UserError: no such gate.
     """
+    try:
+        chosen = {"gate": None if gate is None else parse_gate(gate), "max_moved": max_moved}
+    except ValueError as error:
+        raise UserError(f"--gate: {error}") from error
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def start_or_continue(
+    run_dir: Path,
+    file: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    gate: str | None = None,
+    max_moved: float | None = None,
+) -> Session:
+    """The session of a file, or a new one of the run where there is no file yet.
+
+    Args:
+      run_dir: of the run.
+      file: of the session.
+      overrides: fields of the model config.
+      gate: of a new session, as of `parse_gate`.
+      max_moved: of a new session, as of `Session`.
+
+    Raises:
+      UserError: no such run or gate, a file that is not a session of it, or overrides, a gate or a max_moved that a
+        session which has begun does not follow.
+    """
+    options = learning_options(gate, max_moved)
     if file is None or not file.exists():
         if file is not None and not file.parent.is_dir():
             raise UserError(f"no such folder: {file.parent}; make it, or give another --session")
-        return from_run(run_dir, tuple(overrides))
+        return from_run(run_dir, tuple(overrides), **options)
     session = open_session(file, run=run_dir)
     if apply_overrides(session.model, overrides) != session.model:
         raise UserError(
             f"{file} is a session that began without {' '.join(overrides)}; leave that out, or begin another --session"
         )
+    for option, asked, own in (
+        ("--gate", options.get("gate", session.gate).name, session.gate.name),
+        ("--max-moved", options.get("max_moved", session.max_moved), session.max_moved),
+    ):
+        if asked != own:
+            raise UserError(
+                f"{file} is a session with {option} {own}, not {asked}; leave that out, or begin another --session"
+            )
     return session
 
 
 def read_file(path: Path) -> str:
-    """A text file.
+    """A text file. All of it is in memory, and its tokens too when it is read into a session.
 
     Raises:
       UserError: there is none, it is empty, or it is not UTF-8.
@@ -60,26 +98,48 @@ def read_with_progress(session: Session, text: str, console: Console, *, learn: 
         task = bar.add_task("", total=1.0, loss="compiling ...")
         try:
             for report, share in read(session, text, update_allowed=learn):
-                reports.append(report)
+                reports.append(without_losses(report))
                 bar.update(task, completed=share, loss=f"{report.before:.3f} nats/token")
         except KeyboardInterrupt:
             console.print(f"stopped; {sum(one.tokens for one in reports):,} tokens are read")
     return joined(session, reports)
 
 
-def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str]) -> None:
-    """What `hope learn` does: reads a text into a session's file, and says what it learned.
+def save_beside(session: Session, file: Path) -> Path:
+    """Saves a session whose file cannot be written under the first free of the names alice.hope.1, alice.hope.2 ...
 
     Raises:
-      UserError: as `start_or_continue` and `read_file`, or the file cannot be written.
+      UserError: that cannot be written either.
+    """
+    names = (file.with_name(f"{file.name}.{number}") for number in itertools.count(1))
+    beside = next(path for path in names if not path.exists())
+    session.save(beside)
+    return beside
+
+
+def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str], **options: Any) -> None:
+    """What `hope learn` does: reads a text into a session's file, and says what it learned.
+
+    Args:
+      run_dir: of the run.
+      file: of the session.
+      data: the text, as of `read_file`.
+      overrides: fields of the model config.
+      options: gate and max_moved, as of `start_or_continue`.
+
+    Raises:
+      UserError: as `start_or_continue` and `read_file`, or the file cannot be written; the session is beside it then.
     """
     from hope_jax.online.chat import learned
 
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     text = read_file(data)
-    session = start_or_continue(run_dir, file, overrides)
+    session = start_or_continue(run_dir, file, overrides, **options)
     report = read_with_progress(session, text, console)
-    session.save(file)
+    try:
+        session.save(file)
+    except UserError as error:
+        raise UserError(f"{error}; what was learned is in {save_beside(session, file)}") from error
     console.print(learned(report))
     console.print(f"saved {file}: {session.tokens:,} tokens")
 

@@ -48,7 +48,10 @@ def read(
 
 
 def joined(session: Session, reports: Sequence[Report]) -> Report:
-    """One report of several calls in a row, as if they had been one; the session is as they left it."""
+    """One report of several calls in a row, as if they had been one; the session is as they left it.
+
+    Those of `without_losses` may be among them.
+    """
     now = session.snapshot()
     return summarize(
         join([report.chunks for report in reports], session.chunk_size, len(session.clocks)),
@@ -58,6 +61,12 @@ def joined(session: Session, reports: Sequence[Report]) -> Report:
         clocks=session.clocks,
         new_contexts=sum(report.new_contexts for report in reports),
     )
+
+
+def without_losses(report: Report) -> Report:
+    """A report to be kept while a long text is read: without the loss of each token, which `joined` does not need."""
+    chunks = report.chunks
+    return report._replace(chunks=chunks._replace(losses=chunks.losses[:0].copy()))  # a view would keep them all
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -32,13 +32,14 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from starlette.exceptions import HTTPException
 
-from hope_jax.online.guard import Guard, error_response
+from hope_jax.online.authorization import Authorization, error_response
 from hope_jax.online.keeping import from_run
-from hope_jax.online.reading import finite, joined, pieces, report_json
+from hope_jax.online.learn import learning_options
+from hope_jax.online.reading import finite, joined, pieces, report_json, without_losses
 from hope_jax.online.report import Report
 from hope_jax.online.session import FAST, Session
 from hope_jax.online.session_file import MOST_HEADER
@@ -68,10 +69,19 @@ class Ask(BaseModel):
     max_tokens: int = Field(200, ge=1, le=4096)
     temperature: float = Field(0.8, ge=0, le=100, allow_inf_nan=False)
     top_k: int = Field(0, ge=0)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**32)  # keys of the sampling have 32 bits
     learn: bool = True
     learn_on_generated: bool = False
     until: str = ""
+
+    @field_validator("prompt", "until")
+    @classmethod
+    def _is_text(cls, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start} is half of a surrogate pair; send whole characters") from error
+        return text
 
 
 def serve(
@@ -84,6 +94,8 @@ def serve(
     directory: Path | None,
     max_sessions: int,
     max_bytes: int,
+    gate: str | None = None,
+    max_moved: float | None = None,
 ) -> None:
     """Serves a trained run until Ctrl-C or SIGTERM, and saves all sessions then.
 
@@ -92,10 +104,12 @@ def serve(
       overrides: fields of the model config, as "cms_eta=0.5".
       host: address to listen on.
       port: 0 takes a free one.
-      token: that every request must bring; None: a new one, which is printed.
+      token: that every request must bring, which is not printed; None: a new one, which is.
       directory: of the sessions' files; None: sessions/ in the run's directory.
       max_sessions: in memory.
       max_bytes: of a request's text.
+      gate: of the sessions, as of `parse_gate`; None: every chunk is written.
+      max_moved: how far a level may go, as of `Session`.
 
     Raises:
       UserError: no such run, a value out of range, an address or directory that is taken.
@@ -109,17 +123,17 @@ def serve(
         raise UserError("the token must be one or more printable ASCII characters; give another with --token")
     directory = directory or run_dir / "sessions"
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    base = from_run(run_dir, tuple(overrides))
+    base = from_run(run_dir, tuple(overrides), **learning_options(gate, max_moved))
     with _listen(host, port) as listener, _alone(directory):
         with console.status("compiling ..."):
             _compile(base)
-        token = token or secrets.token_urlsafe(24)
+        known, token = token is not None, token or secrets.token_urlsafe(24)
         app = build_app(
             base, directory, token=token, max_sessions=max_sessions, max_bytes=max_bytes, said=console.print
         )
         name = f"[{host}]" if ":" in host else host
         console.print(f"serving {run_dir}, sessions in {directory}; Ctrl-C saves them and stops")
-        console.print(f"http://{name}:{listener.getsockname()[1]}/#token={token}")
+        console.print(f"http://{name}:{listener.getsockname()[1]}/" + ("" if known else f"#token={token}"))
         with _signals_are_for_uvicorn():
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
             _Server(config).run(sockets=[listener])
@@ -146,7 +160,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _alone(directory: Path) -> Iterator[None]:
     """One service at a time has a directory of sessions."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (directory / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}; give another with --sessions") from error
@@ -155,6 +169,8 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another service keeps its sessions in {directory}; give another --sessions") from error
+        for path in directory.glob(f".{'[0-9a-f]' * 32}"):
+            path.unlink(missing_ok=True)  # uploads that a service which was killed had begun
         yield
 
 
@@ -172,7 +188,7 @@ def _signals_are_for_uvicorn() -> Iterator[None]:
 def _compile(base: Session) -> None:
     """So that the first request does not wait for it."""
     session = base.fork()
-    session.observe("\n" * (session.chunk_size + 1))
+    session.observe(np.zeros(session.chunk_size + 1, np.int32))
     session.generate(max_tokens=1)
 
 
@@ -236,7 +252,7 @@ def build_app(
     app = FastAPI(title="hope_jax", lifespan=lifespan, openapi_url=None)
     app.state.users, app.state.meters = users, meters
     app.add_middleware(
-        Guard,
+        Authorization,
         token=token,
         open_paths=OPEN,
         limit=lambda method, path: file_bytes if method == "PUT" else max_bytes,
@@ -254,8 +270,7 @@ def build_app(
 async def _autosave(users: Users) -> None:
     while True:
         await asyncio.sleep(AUTOSAVE)
-        with contextlib.suppress(Refused):  # it is in the log; again the next time
-            await users.save_idle()
+        await users.save_idle()
 
 
 def _file_bytes(session: Session) -> int:
@@ -323,7 +338,7 @@ async def observe(request: Request, text: Text, held: OldOrNew, learn: bool = Tr
         for piece in todo:
             report = await held.run(lambda piece=piece: session.observe(piece, update_allowed=learn))
             meters.read(report)
-            reports.append(report)
+            reports.append(without_losses(report))
             read += len(piece)
             yield report_json(report) | {"share": read / sum(map(len, todo))}
         yield {"done": True, "report": report_json(joined(session, reports))}
@@ -381,14 +396,14 @@ async def upload(request: Request, user: str) -> dict[str, Any]:
     """A file becomes the session, if it is one of this model."""
     users = request.app.state.users
     path = users.directory / f".{uuid.uuid4().hex}"
-    try:
-        with path.open("wb") as file:
-            async for part in request.stream():
-                file.write(part)
-        session = await users.run(lambda: users.open(path))
-    finally:
-        path.unlink(missing_ok=True)
     async with users.hold(user, load=False) as held:
+        try:
+            with path.open("wb") as file:
+                async for part in request.stream():
+                    file.write(part)
+            session = await users.run(lambda: users.open(path))
+        finally:
+            path.unlink(missing_ok=True)
         await held.replace(session)
         return await _telemetry(held)
 

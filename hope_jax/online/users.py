@@ -14,6 +14,7 @@ import anyio.lowlevel
 
 from hope_jax.online.keeping import open as open_session
 from hope_jax.online.session import Session
+from hope_jax.online.session_file import read_metadata
 from hope_jax.training.errors import UserError
 
 LOG = logging.getLogger("uvicorn.error")  # the service's
@@ -104,7 +105,7 @@ class Users:
 
     def __init__(self, base: Session, directory: Path, limit: int, workers: int):
         self.base, self.directory, self.limit = base, directory, limit
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.closing = False
         self._users: OrderedDict[str, _User] = OrderedDict()  # least recently used first
         self._places = asyncio.Semaphore(limit)  # sessions in use
@@ -182,23 +183,36 @@ class Users:
         for name, user in list(self._users.items()):
             async with self._saving:
                 if user.changed and not user.use.locked():
-                    async with user.use:
-                        await self.save(name, user)
-                    count += 1
+                    count += await self._saved(name, user)
         return count
+
+    async def _saved(self, name: str, user: _User) -> bool:
+        """Whether a session could be saved; the log says why not."""
+        try:
+            async with user.use:
+                await self.save(name, user)
+        except Refused:
+            return False  # it is in the log
+        except Exception:
+            LOG.exception("the session of user %s cannot be saved", name)
+            return False
+        return True
 
     async def close(self) -> tuple[int, list[str]]:
         """Takes no more requests, waits for the threads and saves what changed; how many sessions, and what failed."""
         self.closing = True
         await asyncio.to_thread(self._threads.shutdown)
         saved, failed = 0, []
-        for name, user in self._users.items():
+        for name, user in list(self._users.items()):
             if user.session is not None and user.changed:
                 try:
                     await asyncio.to_thread(user.session.save, self.path(name), overwrite=True)
                     saved += 1
                 except UserError as error:
                     failed.append(str(error))
+                except Exception as error:  # the others are saved all the same
+                    LOG.exception("the session of user %s cannot be saved", name)
+                    failed.append(f"the session of user {name} cannot be saved: {error!r}")
         return saved, failed
 
     @contextlib.asynccontextmanager
@@ -232,14 +246,18 @@ class Users:
           Refused: 409, the file is damaged, or of another model or service.
         """
         base = self.base
+        options = {"gate": base.gate, "max_moved": base.max_moved, "vocabulary": base.vocabulary, "run": base.run}
         try:
-            session = open_session(path, base.model, base.params, vocabulary=base.vocabulary, run=base.run)
+            # Before a session of another gate would be built, and its programs with it.
+            chosen = {name: read_metadata(path).get(name, "") for name in ("gate", "max_moved")}
+            if chosen != {"gate": base.gate.name, "max_moved": "" if base.max_moved is None else repr(base.max_moved)}:
+                learns = f"the gate {chosen['gate']:.80} and max_moved={chosen['max_moved'] or None!s:.80}"
+                raise UserError(
+                    f"{path} has a session that learns with {learns}, those of this service do not; begin another"
+                )
+            return open_session(path, base.model, base.params, **options)
         except UserError as error:
             raise Refused(409, str(error).replace(str(path), "the file")) from error
-        if (session.gate, session.max_moved) != (base.gate, base.max_moved):
-            learns = f"the gate {session.gate.name} and max_moved={session.max_moved}"
-            raise Refused(409, f"the file's session learns with {learns}, those of this service do not; begin another")
-        return session
 
     async def make_room(self) -> None:
         """Saves and drops sessions that nobody uses, until those in memory and those being loaded are within limits.

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.console import Console
 from hope_jax import online
 from hope_jax.cli import main
 from hope_jax.online.chat import Chat
+from hope_jax.online.learn import learn_file, read_with_progress, start_or_continue
+from hope_jax.training.errors import UserError
 
 FACT = "The password of the archive is swordfish."
 
@@ -55,6 +58,79 @@ def test_it_saves_at_the_end_and_goes_on(session, config, params, tmp_path):
     assert again.digest() == session.digest()
     assert "saved" not in converse(again, "/levels", file=file)  # nothing changed
     assert f"saved {file}" in converse(again, "/tell more", file=file)
+
+
+def test_what_cannot_be_saved_is_saved_beside(session, config, params, tmp_path):
+    """Another process has saved the file meanwhile."""
+    file, beside = tmp_path / "alice.hope", tmp_path / "alice.hope.2"
+    online.Session(config, params).save(file)
+    (tmp_path / "alice.hope.1").touch()
+    shown = converse(session, f"/tell {FACT}", file=file)
+    assert "does not come from" in shown and f"saved {beside} instead" in shown
+    assert online.open(beside, config, params).digest() == session.digest()
+
+
+@pytest.mark.parametrize(("said", "added"), [("ok", 1), ("ok\n", 0)])
+def test_a_line_ends_once(session, monkeypatch, said, added):
+    def answer(**options):
+        session.observe(said)
+        yield said.rstrip("\n")
+
+    monkeypatch.setattr(session, "answer", answer)
+    converse(session, "a question")
+    assert session.tokens == len("a question") + len(said) + added
+    assert session.snapshot().held.tokens[-1] == ord("\n")
+
+
+@pytest.fixture
+def run(config, params, tmp_path, monkeypatch):
+    """A run directory, as far as the commands see."""
+
+    def from_run(run, overrides, **options):
+        return online.Session(config, params, **options)
+
+    for module in ("learn", "keeping"):
+        monkeypatch.setattr(f"hope_jax.online.{module}.from_run", from_run)
+    return tmp_path / "run"
+
+
+def test_what_learn_cannot_save_is_beside(run, config, params, tmp_path, monkeypatch):
+    file, data = tmp_path / "alice.hope", tmp_path / "facts.txt"
+    data.write_text(FACT)
+
+    def read(session, *_):  # meanwhile another process saves the file
+        session.observe(FACT)
+        online.Session(config, params).save(file)
+
+    monkeypatch.setattr("hope_jax.online.learn.read_with_progress", read)
+    with pytest.raises(UserError, match=r"what was learned is in .*alice\.hope\.1"):
+        learn_file(run, file, data, [])
+    assert online.open(f"{file}.1", config, params).tokens == len(FACT)
+
+
+def test_a_gate_for_a_new_session_and_its_own_for_one_that_goes_on(run, tmp_path):
+    file, data = tmp_path / "alice.hope", tmp_path / "facts.txt"
+    data.write_text(FACT)
+    asked: dict[str, Any] = {"gate": "budget:0.5", "max_moved": 0.25}
+    learn_file(run, file, data, [], **asked)
+    own = start_or_continue(run, file)
+    assert (own.gate, own.max_moved) == (online.budget(0.5), 0.25)
+    assert start_or_continue(run, file, **asked).digest() == own.digest()
+    others: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"gate": "never"}, "with --gate budget:0.5:0.1, not never"),
+        ({"max_moved": 2.0}, "with --max-moved 0.25, not 2.0"),
+        ({"gate": "often"}, "--gate: no gate 'often'"),
+    )
+    for other, message in others:
+        with pytest.raises(UserError, match=re.escape(message)):
+            start_or_continue(run, file, **other)
+    with pytest.raises(UserError, match="max_moved is a distance"):
+        start_or_continue(run, None, max_moved=-1.0)
+
+
+def test_the_losses_of_a_long_text_are_not_kept(session):
+    report = read_with_progress(session, FACT, Console(file=io.StringIO()))
+    assert report.chunks.losses.shape == (0, session.chunk_size) and len(report.chunks.before) > 1
 
 
 def test_it_says_that_nothing_was_saved(session, tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import sys
+from unittest import mock
 
 import httpx2
 import jax
@@ -15,10 +16,12 @@ from hope_jax import online
 from hope_jax.cli import main
 from hope_jax.models import build_lm
 from hope_jax.online import users as users_module
-from hope_jax.online.serve import build_app
+from hope_jax.online.serve import _alone, build_app
 from hope_jax.online.users import Refused, Users
+from hope_jax.training.errors import UserError
 from tests.online.serving import AUTHORIZED, TOKEN, running
 
+JSON = {"Content-Type": "application/json"}
 STREAM = {"Accept": "text/event-stream"}
 LIMIT = 5000  # bytes of a text
 TEXT = "The password of the archive is swordfish.\n" * 8
@@ -129,6 +132,22 @@ def test_forget_and_delete(client, user):
         ("POST", "/v1/sessions/nobody/generate", {"json": {"max_tokens": 0}}, 422, "max_tokens: "),
         ("POST", "/v1/sessions/nobody/generate", {"json": {"temprature": 0}}, 422, "temprature: "),
         ("POST", "/v1/sessions/nobody/generate", {"content": b"{", "headers": STREAM}, 422, "body: "),
+        ("POST", "/v1/sessions/nobody/generate", {"json": {"seed": 2**32}}, 422, "seed: "),
+        (
+            "POST",
+            "/v1/sessions/nobody/generate",
+            {"content": rb'{"prompt": "a\ud800"}', "headers": JSON},
+            422,
+            "half of a surrogate",
+        ),
+        (
+            "POST",
+            "/v1/sessions/nobody/generate",
+            {"content": rb'{"\ud800": 1}', "headers": JSON},
+            422,
+            "as a unicode string",
+        ),
+        ("PUT", "/v1/sessions/a.b/file", {"content": b"x"}, 400, "'a.b' is not a name"),
         ("PUT", "/v1/sessions/nobody/file", {"content": b""}, 409, "the file is not a session"),
         ("PUT", "/v1/sessions/nobody/file", {"content": b"\xff" * 5000}, 409, "the file is not a session"),
         ("PUT", "/v1/sessions/nobody/file", {"content": b"x" * 2**24}, 413, "are allowed"),
@@ -249,14 +268,19 @@ def test_download_and_upload(client, user, config, params, tmp_path):
     assert digest(client, f"{user}_2") == digest(client, user)
 
 
-@pytest.mark.parametrize(("other", "message"), [("params", "other parameters"), ("gate", "budget:0.5")])
-def test_a_session_of_another_model_is_refused(client, user, config, params, tmp_path, other, message):
-    if other == "params":
-        stranger = online.Session(config, build_lm(config).init(jax.random.key(1)))
-    else:
-        stranger = online.Session(config, params, gate=online.budget(0.5))
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("params", "other parameters"), ("gate", "budget:0.5"), ("max_moved", "max_moved=0.5")],
+)
+def test_a_session_of_another_model_is_refused(client, user, config, params, tmp_path, monkeypatch, other, message):
+    options = {"params": {}, "gate": {"gate": online.budget(0.5)}, "max_moved": {"max_moved": 0.5}}[other]
+    stranger = online.Session(
+        config, build_lm(config).init(jax.random.key(1)) if other == "params" else params, **options
+    )
     stranger.save(tmp_path / "stranger.hope")
     content = (tmp_path / "stranger.hope").read_bytes()
+    if options:  # it is refused before its programs would be built
+        monkeypatch.setattr(users_module, "open_session", lambda *_, **__: pytest.fail("it was opened"))
     answer = client.put(f"/v1/sessions/{user}/file", content=content)
     assert answer.status_code == 409 and message in answer.json()["error"]
     assert client.get(f"/v1/sessions/{user}").status_code == 404
@@ -290,6 +314,51 @@ def test_metrics(client, user):
     assert float(numbers["hope_sessions_in_memory"]) in (1, 2)
     assert float(numbers["hope_chunk_rollbacks_total"]) == 0
     assert 'route="/v1/sessions/{user}/observe",status="200"' in text and user not in text
+
+
+def test_a_word_of_a_client_is_no_label(client):
+    assert client.request("QQ", "/health").status_code == 405
+    text = client.get("/metrics").text
+    assert 'method="",route="/health",status="405"' in text and "QQ" not in text
+
+
+def test_a_directory_is_private_and_rid_of_what_a_killed_service_left(tmp_path):
+    directory = tmp_path / "sessions"
+    with _alone(directory):
+        assert directory.stat().st_mode & 0o777 == 0o700
+    (directory / f".{'0a' * 16}").write_bytes(b"half of an upload")
+    (directory / "ann.hope").write_bytes(b"a session")
+    with _alone(directory):
+        assert sorted(path.name for path in directory.iterdir()) == [".lock", "ann.hope"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_only_a_token_that_was_made_is_printed(base, tmp_path, monkeypatch, capsys, given):
+    monkeypatch.setattr("hope_jax.online.serve.from_run", lambda run, overrides, **options: base)
+    monkeypatch.setattr("hope_jax.online.serve._Server", mock.Mock())
+    monkeypatch.setattr("hope_jax.online.serve.uvicorn.Config", mock.Mock())  # it would take over the logging
+    monkeypatch.delenv("HOPE_TOKEN", raising=False)
+    words = ["--port", "0", "--sessions", str(tmp_path), *(["--token", "whisper"] if given else [])]
+    assert main(["serve", "/nowhere/run", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "http://127.0.0.1:" in shown and "whisper" not in shown and ("#token=" in shown) != given
+
+
+def test_one_file_that_cannot_be_written_does_not_stop_the_others(base, tmp_path, monkeypatch):
+    async def go():
+        users = Users(base, tmp_path, 4, 1)
+        for name in ("ann", "ben", "cleo"):
+            async with users.hold(name, create=True) as held:
+                await held.run(lambda held=held: held.session.observe("x"))
+                if name != "cleo":
+                    error = RuntimeError("odd") if name == "ann" else UserError("the disk is full")
+                    monkeypatch.setattr(held.session, "save", mock.Mock(side_effect=error))
+        assert await users.save_idle() == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["cleo.hope"]
+        saved, failed = await users.close()
+        assert saved == 0 and len(failed) == 2 and "ann" in failed[0] and "the disk is full" in failed[1]
+
+    asyncio.run(go())
 
 
 def test_too_many_requests_of_one_user(base, tmp_path):
@@ -350,12 +419,13 @@ def test_a_session_that_cannot_be_saved_stays_in_memory(base, tmp_path):
 def test_a_command_line_that_cannot_be(base, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        monkeypatch.setattr("hope_jax.online.serve.from_run", lambda run, overrides: base)
+        monkeypatch.setattr("hope_jax.online.serve.from_run", lambda run, overrides, **options: base)
         for words, message in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
             (["--port", "70000"], "--port 70000 must be at most 65535"),
             (["--max-sessions", "0"], "--max-sessions 0 must be at least 1"),
             (["--token", ""], "the token must be"),
+            (["--gate", "often"], "--gate: no gate 'often'"),
         ):
             assert main(["serve", "/nowhere/run", *words]) == 2
             assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD")  # any other word is a client's own: it is not counted by name
 UNREAD = {"Connection": "close"}  # the rest of the body is not read
 
 
@@ -16,7 +17,7 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
     return JSONResponse({"error": message}, status, headers)
 
 
-class Guard:
+class Authorization:
     """ASGI middleware.
 
     Args:
@@ -54,8 +55,8 @@ class Guard:
         try:
             await self._pass(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "")  # none: any word may be the method
-            self.count(scope["method"] if route else "", route, status)
+            route = getattr(scope.get("route"), "path", "")
+            self.count(scope["method"] if scope["method"] in METHODS else "", route, status)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
