@@ -1,6 +1,7 @@
 """`hope chat`: a conversation on the terminal that shows what is learned while it is learned."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -175,16 +176,17 @@ def learned(report: Report) -> Group:
 def level_table(levels: Sequence[LevelReport]) -> Table:
     """One line per level: how full its chunk is, whether it fired, how far it has moved."""
     table = Table.grid(padding=(0, 2))
-    furthest = max((level.moved for level in levels), default=0.0)
+    furthest = max((level.moved for level in levels if level.moved > 0), default=1.0)
     for level in levels:
+        known = math.isfinite(level.moved)
         waits = min(level.pending / level.chunk_size, 1.0)
         table.add_row(
             Text(level.name, style="cyan" if level.updates else "dim"),
             Text(f"every {level.chunk_size:,}", style="dim"),
             Text(bar(waits), style="dim"),
             Text(f"fired {level.updates}x", style="bold cyan") if level.updates else Text("waits", style="dim"),
-            Text(bar(level.moved / furthest if furthest else 0.0), style="magenta"),
-            Text(f"moved {level.moved:.4f}"),
+            Text(bar(level.moved / furthest if known else 0.0), style="magenta"),
+            Text(f"moved {level.moved:.4f}" if known else "no whole chunk yet"),
         )
     return table
 

@@ -86,11 +86,11 @@ def test_a_line_ends_once(session, monkeypatch, said, added):
 def run(config, params, tmp_path, monkeypatch):
     """A run directory, as far as the commands see."""
 
-    def from_run(run, overrides, **options):
+    def of_run(run, config, **options):
         return online.Session(config, params, **options)
 
-    for module in ("learn", "keeping"):
-        monkeypatch.setattr(f"hope_jax.online.{module}.from_run", from_run)
+    monkeypatch.setattr("hope_jax.online.keeping._config_of", lambda run: config)
+    monkeypatch.setattr("hope_jax.online.keeping._of_run", of_run)
     return tmp_path / "run"
 
 
