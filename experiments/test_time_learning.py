@@ -9,7 +9,8 @@ A byte language model is trained on one text (`data`) and reads `test_documents`
 - "bits_eta_0.3": the first CMS level is a fast level, written every `fast` bytes with this inner learning rate, in both
   halves; other rates are other scores.
 - "bits_gate_first_half" and others: the same at the rate `eta`, but only some chunks are written, "written_..." is
-  their share. The bounds are bits_frozen (never) and bits_eta_... (always). Gates: `gated_reading`.
+  their share. The bounds are bits_frozen (never) and bits_eta_... (always). Gates: those of `hope_jax.online`, and
+  one that writes the first half.
 
 Rows differ in how the model was trained; all share `pretraining` steps with ordinary levels:
 
@@ -31,6 +32,7 @@ one core of a busy machine: a step of training 0.4, with the level on 1.3, befor
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -40,7 +42,7 @@ import jax.numpy as jnp
 from experiments import text
 from experiments.cells import capped
 from experiments.context_use import by_place
-from experiments.gated_reading import Gate, above, budget, first, gated_reader, surprising
+from experiments.gated_reading import first, gated_reader
 from experiments.long_texts import long_texts
 from experiments.niah import BYTES
 from experiments.options import TINY_RESULTS, Options, at_least, model_config
@@ -49,6 +51,7 @@ from experiments.sources import label
 from experiments.streaming import reader
 from experiments.training import Batch, Scores, Trained, cross_entropy, language_model, train
 from hope_jax.models import ModelConfig, build_lm
+from hope_jax.online import Gate, parse_gate
 from hope_jax.training.errors import UserError
 from hope_jax.training.flops import flops_of
 from hope_jax.training.overrides import unknown
@@ -110,6 +113,8 @@ class LearningOptions(Options):
             raise UserError(
                 f"half must be a multiple of fast, {self.fast}, so that it ends with a chunk; got {self.half}"
             )
+        if not 0 <= self.share <= 1:
+            raise UserError(f"share is a part of the chunks, from 0 to 1; got {self.share:g}")
         if min((self.eta, *self.etas)) <= 0:
             raise UserError(f"inner learning rates must be positive; got eta {self.eta:g}, etas {self.etas}")
 
@@ -138,9 +143,9 @@ def gates(cell: LearningOptions) -> dict[str, Gate]:
     """The gates between always and never, by the names of their scores."""
     return {
         "first_half": first(cell.half // cell.fast),
-        "threshold": above(cell.threshold),
-        "surprise": surprising(),
-        "budget": budget(cell.share),
+        "threshold": parse_gate(f"threshold:{cell.threshold * math.log(2)}"),
+        "ema": parse_gate("ema"),
+        "budget": parse_gate(f"budget:{cell.share}"),
     }
 
 

@@ -121,7 +121,7 @@ def test_second_halves_are_scored(monkeypatch):
     cell = dataclasses.replace(LEARN, etas=(0.25, 2.0))
     plain = model_config(cell, vocab_size=256, length=cell.length)
     found = test_time_learning.scores(cell, plain, None, np.zeros((2, 33)))
-    gates = ("first_half", "threshold", "surprise", "budget")
+    gates = ("first_half", "threshold", "ema", "budget")
     expected = {"bits_frozen": 1.0, "bits_eta_0.25": 1.25, "bits_eta_2": 3.0}
     assert found == expected | {f"bits_gate_{gate}": 7.0 for gate in gates} | {
         f"written_{gate}": 0.25 for gate in gates
@@ -187,6 +187,7 @@ def test_needles_are_those_of_their_own_experiment_and_found_by_who_looks_them_u
     [
         (LearningOptions, {"trainings": ("met",)}, "unknown training 'met'; did you mean 'meta'"),
         (LearningOptions, {"half": 100}, "half must be a multiple of fast, 32"),
+        (LearningOptions, {"share": 1.5}, "share is a part of the chunks, from 0 to 1; got 1.5"),
         (LearningOptions, {"etas": (0.0,)}, r"inner learning rates must be positive; got eta 0.3, etas \(0.0,\)"),
         (TransferOptions, {"what": ("clocks",)}, "unknown kind of chunk 'clocks'; did you mean 'clock'"),
         (
@@ -211,7 +212,7 @@ def test_a_serving_chunk_as_long_as_the_window_is_refused():
 
 def test_pictures_hold_the_records(tmp_path):
     bits = {"bits_frozen": 4.0, "bits_eta_0.1": 3.0, "bits_eta_0.3": 2.0}
-    gates = {"bits_gate_surprise": 2.5, "written_surprise": 0.4}
+    gates = {"bits_gate_ema": 2.5, "written_ema": 0.4}
     learned = [record(model="ad hoc", scores=bits | gates), record(model="window", scores={"bits_frozen": 2.2})]
     moved = [
         record(
