@@ -16,6 +16,15 @@ FAILED = "not finite"  # the only way in which a run fails
 RAW_BITS = 8.0  # of a byte of which nothing is known
 
 
+def capped(bits: float) -> float:
+    """Bits per byte no worse than those of a model that knows nothing; what is not a number knows nothing.
+
+    >>> capped(2.5), capped(9.0), capped(float("nan"))
+    (2.5, 8.0, 8.0)
+    """
+    return bits if bits < RAW_BITS else RAW_BITS
+
+
 class Best(NamedTuple):
     """The best of the configurations tried on one setting."""
 

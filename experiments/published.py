@@ -39,7 +39,7 @@ ETA = "bits_eta_"  # and an inner learning rate
 GATE, WRITTEN = "bits_gate_", "written_"  # and a gate
 AT, TUNED = "bits_at_", "bits_tuned_"  # and a chunk size
 _RATES = (0.1, 0.3, 1.0, 3.0)
-_GATES = ("first_half", "threshold", "surprise", "budget")
+_GATES = ("first_half", "threshold", "ema", "budget")
 _CHUNKS = tuple(2**i for i in range(11))
 FORGOTTEN, GAINED = "bits_forgotten_at_", "bits_gained_at_"  # and an inner learning rate
 _STREAMS = (
@@ -170,7 +170,7 @@ TABLES = {
     ),
     "test_time_learning": Table(
         title="Bits per byte of the second half of a long text: frozen / learning at the rates 0.1 / 0.3 / 1 / 3 / "
-        "gates: first half, threshold, surprise, budget / their shares of chunks written, percent",
+        "gates: first half, threshold, ema, budget / their shares of chunks written, percent",
         scores=(
             "bits_frozen",
             *(f"{ETA}{rate:g}" for rate in _RATES),

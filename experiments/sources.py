@@ -79,17 +79,37 @@ def chapters_of_xml(path: Path) -> list[str]:
     Raises:
       UserError: no such file, not XML, or no verses.
     """
+    found = _chapters(_root(path))
+    if not found:
+        raise UserError(f"{path} has no <div type='chapter'>; give a bible of the Corpus Encoding Standard")
+    return found
+
+
+def books_of_xml(path: Path) -> list[str]:
+    """The same, book by book.
+
+    Raises:
+      UserError: no such file, not XML, or no books.
+    """
+    books = [_chapters(part) for part in _root(path).iter("div") if part.get("type") == "book"]
+    if not books:
+        raise UserError(f"{path} has no <div type='book'>; give a bible of the Corpus Encoding Standard")
+    return ["\n".join(chapters) for chapters in books]
+
+
+def _root(path: Path) -> ElementTree.Element:
     try:
-        root = ElementTree.parse(path).getroot()
+        return ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise UserError(f"cannot read {path} as XML: {error}; give a file with <seg type='verse'> elements") from error
+
+
+def _chapters(whole: ElementTree.Element) -> list[str]:
     found = []
-    for chapter in root.iter("div"):
+    for chapter in whole.iter("div"):
         if chapter.get("type") == "chapter":
             verses = [" ".join("".join(verse.itertext()).split()) for verse in chapter.iter("seg")]
             found.append("\n".join(verse for verse in verses if verse))
-    if not found:
-        raise UserError(f"{path} has no <div type='chapter'>; give a bible of the Corpus Encoding Standard")
     return found
 
 

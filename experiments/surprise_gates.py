@@ -6,13 +6,15 @@ A session reads the first `tokens` bytes of every text once under each gate. Bet
 carries its context) and "always" lie the gates that look at the surprise of a chunk; "random" writes a share of the
 chunks without looking, and "oracle" writes a chunk if that lowers the loss of the next `look` chunks, which no gate
 can know. "gain" is what a gate saves of the loss on the second half of the text, as a share of what "always" saves;
-mean and standard deviation over the texts. A gate is worth its name if it lies above "random" at its share written.
+mean and standard deviation over the texts, no number where "always" saves nothing. A gate is worth its name if it lies
+above "random" at its share written.
 
 The picture is plots/surprise_gates.png, the numbers results/surprise_gates.json.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +44,7 @@ class GateOptions:
 
     Attributes:
       run: a trained run; none = a small untrained model (with --tiny).
-      data: "embedded" or text files.
+      data: "embedded" (its held-out part: runs/tiny was trained on the other) or text files.
       tokens: of each text.
       look: chunks that the oracle looks ahead.
       overrides: fields of the model config, as key=value.
@@ -125,10 +127,16 @@ def _reading(chunks: online.ChunkReport) -> Reading:
     return Reading(float(chunks.losses[half:].mean()), float(chunks.wrote.mean()))
 
 
+def text_of(data: str) -> np.ndarray:
+    """What is read: of the embedded text, on which runs are trained, the held-out part."""
+    found = corpus(data)
+    return found.validation if data == "embedded" else found.train
+
+
 def compare(options: GateOptions) -> dict[str, list[Reading]]:
     """Readings of every gate, one per text."""
     make, found = session_maker(options), {}
-    texts = [corpus(data).train[: options.tokens] for data in options.data]
+    texts = [text_of(data)[: options.tokens] for data in options.data]
     for text in track(texts, "reading", transient=True):
         readings = {name: read(make(online.parse_gate(name)), text) for name in GATES}
         readings |= {f"{RANDOM}:{share}": read_randomly(make(online.always()), text, share) for share in SHARES}
@@ -139,22 +147,34 @@ def compare(options: GateOptions) -> dict[str, list[Reading]]:
 
 
 def gains(found: dict[str, list[Reading]], name: str) -> list[float]:
-    """What a gate saves, as a share of what always writing saves, one per text."""
+    """What a gate saves, as a share of what always writing saves, one per text; nan where that saves nothing.
+
+    >>> found = {"never": [Reading(3.0, 0)], "always": [Reading(2.0, 1)], "ema": [Reading(2.5, 0.4)]}
+    >>> gains(found, "ema"), gains(found | {"always": [Reading(3.5, 1)]}, "ema")
+    ([0.5], [nan])
+    """
     bounds = zip(found["never"], found["always"], found[name], strict=True)
-    return [(never.loss - mine.loss) / (never.loss - always.loss) for never, always, mine in bounds]
+    return [
+        (never.loss - mine.loss) / (never.loss - always.loss) if always.loss < never.loss else math.nan
+        for never, always, mine in bounds
+    ]
+
+
+def _show(gains: list[float]) -> str:
+    if any(map(math.isnan, gains)):
+        return "no bound: always writing does not help"
+    return f"{statistics.fmean(gains):.2f}" + (f" ± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "")
 
 
 def table_of(found: dict[str, list[Reading]]) -> Table:
     """One row per gate."""
     table = Table("gate", "chunks written", "nats per token, second half", "gain")
     for name, readings in found.items():
-        share = gains(found, name)
-        spread = f" ± {statistics.stdev(share):.2f}" if len(share) > 1 else ""
         table.add_row(
             name,
             f"{statistics.fmean(one.written for one in readings):.0%}",
             f"{statistics.fmean(one.loss for one in readings):.3f}",
-            f"{statistics.fmean(share):.2f}{spread}",
+            _show(gains(found, name)),
         )
     return table
 

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.context_use import by_place
-from experiments.gated_reading import above, always, budget, first, gated_reader, surprising
+from experiments.gated_reading import first, gated_reader
 from experiments.streaming import reader
+from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.errors import UserError
 
@@ -28,37 +30,37 @@ def test_gates_lie_between_learning_and_not_learning():
 
     learning, frozen = rows(LEARNING), rows(PLAIN)
     assert all(np.abs(a - b)[4:].max() > 1e-3 for a, b in zip(learning, frozen, strict=True))
-    never, some = (lambda bits_NB: np.array([False, False])), (lambda bits_NB: np.array([True, False]))
-    cases = ((always, learning, 1.0), (never, frozen, 0.0), (some, [learning[0], frozen[1]], 0.5))
-    for gate, expected, written in cases:
+    # After the first chunk no row has learned: a bar between their surprises opens the gate of one row alone, for good.
+    surprises = [float(row[:4].mean() * np.log(2)) for row in frozen]
+    bar, which = np.mean(surprises), int(np.argmax(surprises))
+
+    def update(state, surprise):
+        opened = jnp.where(state[0] == 0, surprise > bar, state[1])
+        return (state[0] + 1, opened), opened
+
+    one_row = online.Gate("one row", lambda: (jnp.int32(0), jnp.bool(False)), update)
+    some = [(learning if row == which else frozen)[row] for row in (0, 1)]
+    for gate, expected, written in (
+        (online.always(), learning, 1.0),
+        (online.never(), frozen, 0.0),
+        (one_row, some, 0.5),
+    ):
         found = read(params, TEXT, gate)
         np.testing.assert_allclose(found.bits_T, np.mean(expected, axis=0), rtol=1e-5)
         assert found.written == written
-    seen = []
-
-    def second_only(bits_NB):
-        seen.append(bits_NB)
-        return np.full(2, len(bits_NB) == 2)
-
+    second_only = online.Gate("second", lambda: jnp.int32(0), lambda n, surprise: (n + 1, n == 1))
     found = read(params, TEXT, second_only)
     np.testing.assert_allclose(found.bits_T[:8], np.mean(frozen, axis=0)[:8], rtol=1e-5)
     assert np.abs(found.bits_T - np.mean(frozen, axis=0))[8:].max() > 1e-3 and found.written == 0.25
-    # What a gate is shown are the chunks so far.
-    assert [len(bits) for bits in seen] == [1, 2, 3, 4]
-    np.testing.assert_allclose(seen[-1].mean(axis=1), found.bits_T[:16].reshape(4, 4).mean(axis=1), rtol=1e-5)
 
 
-def test_gates_open_where_they_say():
-    bits = np.array([[4.0, 4.0], [2.0, 6.0], [3.5, 5.0]])
-    opened = {
-        "first 2": ([first(2)(bits[:n]) for n in (1, 2, 3)], [[1, 1], [1, 1], [0, 0]]),
-        "above": ([above(3.9)(bits[:n]) for n in (1, 2, 3)], [[1, 1], [0, 1], [0, 1]]),
-        # Means before: none; 4, 4; 3, 5.
-        "surprising": ([surprising(0.5)(bits[:n]) for n in (1, 2, 3)], [[1, 1], [0, 1], [1, 0]]),
-        "budget": ([budget(0.5)(bits[:n]) for n in (1, 2, 3)], [[1, 1], [0, 1], [1, 1]]),
-    }
-    for name, (found, expected) in opened.items():
-        assert np.array(found).tolist() == np.array(expected, bool).tolist(), name
+def test_the_first_chunks_are_written():
+    gate, opened = first(2), []
+    state = gate.init()
+    for surprise in (1.0, 0.0, 9.0):
+        state, write = gate.update(state, surprise)
+        opened.append(bool(write))
+    assert opened == [True, True, False]
 
 
 def test_one_fast_level_is_asked_for():

@@ -23,17 +23,20 @@ def test_the_longest_books_of_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"has 2 books of 12 bytes or more"):
         long_texts(str(tmp_path), 3, 12)
     (tmp_path / "d.json").write_text("[]")
-    with pytest.raises(UserError, match=r"d.json is not a book of chapters and verses"):
+    with pytest.raises(UserError, match=r"d.json is not a book with chapters and verses"):
         long_texts(str(tmp_path), 1, 12)
 
 
 def test_the_books_of_an_xml_file(tmp_path):
     path = tmp_path / "some.xml"
-    verse = '<seg id="b.{}.1.{}" type="verse">\n\t{}\n</seg>'
-    path.write_text(
-        verse.format("MAT", 1, "In  the\n beginning") + verse.format("LUK", 1, "x") + verse.format("MAT", 2, "y")
-    )
-    assert bytes(long_texts(str(path), 1, 18)[0]) == b"In the beginning\ny"
+    verse = '<div type="chapter"><seg type="verse">\n\t{}\n</seg></div>'
+    book = '<div type="book">{}</div>'
+    first = verse.format("In  the\n beginning &amp; <i>after</i>") + verse.format("y")
+    path.write_text(f"<text>{book.format(verse.format('x'))}{book.format(first)}</text>")
+    assert bytes(long_texts(str(path), 1, 26)[0]) == b"In the beginning & after\ny"
+    path.write_text(f"<text>{first}</text>")
+    with pytest.raises(UserError, match=r"some\.xml has no <div type='book'>"):
+        long_texts(str(path), 1, 26)
 
 
 def test_spans_of_a_file_cover_all_of_it_and_of_the_embedded_text_its_held_out_half(tmp_path):

@@ -9,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import chunk_transfer, levels_and_frequency, niah, plots, test_time_learning, text
+from experiments import chunk_transfer, levels_and_frequency, niah, plots, records, test_time_learning, text
 from experiments.cells import table_cells
 from experiments.chunk_transfer import TransferOptions
 from experiments.levels_and_frequency import LevelOptions
 from experiments.options import cells, model_config
 from experiments.published import TABLES
+from experiments.running import run
 from experiments.test_time_learning import LearningOptions, cost, learning, window_of_cost
+from experiments.training import Trained
 from hope_jax.models import build_lm
 from hope_jax.training.errors import UserError
 from tests.experiments.test_report import record
@@ -50,7 +52,8 @@ def test_a_window_costs_no_less_than_learning_and_hardly_more():
 @pytest.mark.parametrize("training", test_time_learning.TRAININGS)
 def test_all_trainings_go_on_from_pretraining(training, monkeypatch):
     asked = []
-    monkeypatch.setattr(test_time_learning, "pretrained", lambda config, cell: asked.append((config, cell)) or "params")
+    begun = SimpleNamespace(params="params", failed=None)
+    monkeypatch.setattr(test_time_learning, "pretrained", lambda config, cell: asked.append((config, cell)) or begun)
     cell = dataclasses.replace(LEARN, trainings=(training,), eta=0.5)
     job = test_time_learning.prepare(cell)
     [(config, shared)] = asked
@@ -66,6 +69,44 @@ def test_all_trainings_go_on_from_pretraining(training, monkeypatch):
     assert (first == next(batches).tokens).all() and all((first != batch.tokens).any() for batch in skipped)
 
 
+def test_failed_pretraining_is_a_failed_cell(monkeypatch, tmp_path):
+    failed = Trained(None, 1, [], 0.0, 0.0, 0.1, None, "not finite at step 1")
+    monkeypatch.setattr(test_time_learning, "pretrained", lambda config, cell: failed)
+    run("test_time_learning", dataclasses.replace(LEARN, results=tmp_path), test_time_learning.prepare)
+    [found] = records.read_all(tmp_path)
+    assert found.failed == "pre-training: not finite at step 1" and found.scores == {}
+
+
+def test_a_column_is_a_document_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_time_learning, "pretrained", lambda *_: SimpleNamespace(params=None, failed=None))
+    columns = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text("0123456789" * 20)
+        cell = dataclasses.replace(LEARN, documents=(str(tmp_path / folder / "test.txt"),))
+        columns.append(test_time_learning.prepare(cell).column)
+    assert columns == ["a/test", "b/test"]
+
+
+@pytest.mark.parametrize(("failed", "bits"), [(None, np.nan), (None, np.inf), ("not finite at step 1", 2.0)])
+def test_a_chunk_that_diverges_knows_nothing(failed, bits, monkeypatch):
+    monkeypatch.setattr(chunk_transfer, "train", lambda *_: SimpleNamespace(params=bits, failed=failed))
+    monkeypatch.setattr(chunk_transfer, "by_place", lambda read, params, tests: np.full(5, params))
+    scores = chunk_transfer.prepare(TRANSFER).evaluate(2.0)
+    assert scores == {"bits_at_8": 2.0, "bits_tuned_8": 8.0}
+
+
+def test_a_rate_that_diverges_knows_nothing(monkeypatch):
+    cell = dataclasses.replace(LEARN, etas=(0.25,))
+    plain = model_config(cell, vocab_size=256, length=cell.length)
+    monkeypatch.setattr(test_time_learning, "by_place", lambda read, params, tests: np.full(32, np.nan))
+    reading = SimpleNamespace(bits_T=np.full(32, np.inf), written=0.25)
+    monkeypatch.setattr(test_time_learning, "gated_reader", lambda config: lambda *_: reading)
+    found = test_time_learning.scores(cell, plain, None, np.zeros((2, 33)))
+    bits = {name: value for name, value in found.items() if name.startswith("bits")}
+    assert len(bits) == 6 and set(bits.values()) == {8.0}
+
+
 def test_second_halves_are_scored(monkeypatch):
     """A reader whose bits at a place are its learning rate in the first half and that plus one in the second."""
     monkeypatch.setattr(test_time_learning, "reader", lambda config: config.cms_eta if config.cms_chunks else 0.0)
@@ -75,33 +116,33 @@ def test_second_halves_are_scored(monkeypatch):
     monkeypatch.setattr(
         test_time_learning,
         "gated_reader",
-        lambda config: lambda params, tests, gate: SimpleNamespace(bits_T=np.repeat([0.0, 9.0], 16), written=0.25),
+        lambda config: lambda params, tests, gate: SimpleNamespace(bits_T=np.repeat([0.0, 7.0], 16), written=0.25),
     )
     cell = dataclasses.replace(LEARN, etas=(0.25, 2.0))
     plain = model_config(cell, vocab_size=256, length=cell.length)
     found = test_time_learning.scores(cell, plain, None, np.zeros((2, 33)))
-    gates = ("first_half", "threshold", "surprise", "budget")
+    gates = ("first_half", "threshold", "ema", "budget")
     expected = {"bits_frozen": 1.0, "bits_eta_0.25": 1.25, "bits_eta_2": 3.0}
-    assert found == expected | {f"bits_gate_{gate}": 9.0 for gate in gates} | {
+    assert found == expected | {f"bits_gate_{gate}": 7.0 for gate in gates} | {
         f"written_{gate}": 0.25 for gate in gates
     }
 
 
 def test_every_serving_chunk_is_measured_before_and_after_tuning(monkeypatch):
-    """Bits are the serving chunk, plus one once tuned; tuning reads batches that training did not."""
+    """Bits are half the serving chunk, and half a bit more once tuned; tuning reads batches that training did not."""
     tuned = []
 
     def train(model, batches, loss, evaluate, cell):
         tuned.append((model.init(None), list(batches), cell.steps, cell.learning_rates))
-        return SimpleNamespace(params=1.0)
+        return SimpleNamespace(params=1.0, failed=None)
 
     monkeypatch.setattr(chunk_transfer, "train", train)
     monkeypatch.setattr(chunk_transfer, "reader", lambda config: config.fast_chunks[0])
-    monkeypatch.setattr(chunk_transfer, "by_place", lambda read, params, tests: np.full(5, read + params))
+    monkeypatch.setattr(chunk_transfer, "by_place", lambda read, params, tests: np.full(5, (read + params) / 2))
     cell = dataclasses.replace(TRANSFER, chunks=(8,), serve=(2, 8), tune_steps=3, steps=4)
     job = chunk_transfer.prepare(cell)
     assert job.config.fast_chunks == (8,) and job.row == "hope_attention, trained at 8"
-    assert job.evaluate(0.0) == {"bits_at_2": 2, "bits_tuned_2": 3, "bits_at_8": 8, "bits_tuned_8": 9}
+    assert job.evaluate(0.0) == {"bits_at_2": 1, "bits_tuned_2": 1.5, "bits_at_8": 4, "bits_tuned_8": 4.5}
     assert [(start, steps, rates) for start, _, steps, rates in tuned] == 2 * [(0.0, 3, (1e-3,))]
     trained = [batch.tokens for batch in itertools.islice(job.batches, cell.steps + 1)]  # the last is not stepped on
     for _, batches, _, _ in tuned:
@@ -146,6 +187,7 @@ def test_needles_are_those_of_their_own_experiment_and_found_by_who_looks_them_u
     [
         (LearningOptions, {"trainings": ("met",)}, "unknown training 'met'; did you mean 'meta'"),
         (LearningOptions, {"half": 100}, "half must be a multiple of fast, 32"),
+        (LearningOptions, {"share": 1.5}, "share is a part of the chunks, from 0 to 1; got 1.5"),
         (LearningOptions, {"etas": (0.0,)}, r"inner learning rates must be positive; got eta 0.3, etas \(0.0,\)"),
         (TransferOptions, {"what": ("clocks",)}, "unknown kind of chunk 'clocks'; did you mean 'clock'"),
         (
@@ -170,7 +212,7 @@ def test_a_serving_chunk_as_long_as_the_window_is_refused():
 
 def test_pictures_hold_the_records(tmp_path):
     bits = {"bits_frozen": 4.0, "bits_eta_0.1": 3.0, "bits_eta_0.3": 2.0}
-    gates = {"bits_gate_surprise": 2.5, "written_surprise": 0.4}
+    gates = {"bits_gate_ema": 2.5, "written_ema": 0.4}
     learned = [record(model="ad hoc", scores=bits | gates), record(model="window", scores={"bits_frozen": 2.2})]
     moved = [
         record(

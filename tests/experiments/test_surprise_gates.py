@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from experiments import surprise_gates
 from experiments.surprise_gates import Reading, gains
+from experiments.text import corpus
 from hope_jax import online
 from hope_jax.training.errors import UserError
 
@@ -33,15 +35,33 @@ def test_writing_everything_at_random_is_always(make, text):
     assert never.written == 0 and never.loss > whole.loss
 
 
-def test_the_oracle_is_no_worse_than_the_bounds_it_chooses_from(make, text):
+@pytest.mark.parametrize("helps", [[True] * 24, [False] * 24, [True, False] * 12])
+def test_the_oracle_writes_the_chunks_that_help_what_comes_next(make, text, helps, monkeypatch):
+    """Scores of the two forks by hand; the readings are those of writing just these chunks."""
+    scores, seen = iter([score for good in helps for score in ((0, 1) if good else (1, 0))]), []
+    monkeypatch.setattr(online.Session, "score", lambda session, ahead: seen.append(len(ahead)) or next(scores))
     oracle = surprise_gates.read_with_oracle(make(online.always()), text, look=2)
-    always, never = (surprise_gates.read_randomly(make(online.always()), text, share) for share in (1.0, 0.0))
-    assert oracle.loss <= max(always.loss, never.loss) and 0 < oracle.written <= 1
+    draws = SimpleNamespace(random=iter([0.0 if good else 1.0 for good in [*helps, True]]).__next__)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: draws)
+    assert oracle == surprise_gates.read_randomly(make(online.always()), text, 0.5)
+    assert oracle.written == sum(helps) / 24
+    assert seen == [32] * 44 + [31] * 2 + [15] * 2  # two chunks ahead, as far as the text goes
 
 
 def test_gains_are_shares_between_the_bounds():
     found = {"never": [Reading(3.0, 0)], "always": [Reading(2.0, 1)], "half": [Reading(2.25, 0.5)]}
     assert [gains(found, name) for name in found] == [[0], [1], [0.75]]
+
+
+def test_where_writing_does_not_help_there_is_no_gain():
+    found = {"never": [Reading(3.0, 0)] * 2, "always": [Reading(2.0, 1), Reading(3.0, 1)]}
+    found["half"] = [Reading(2.5, 0.5)] * 2
+    assert np.array_equal(gains(found, "half"), [0.5, np.nan], equal_nan=True)
+    assert all(cell.startswith("no bound") for cell in surprise_gates.table_of(found).columns[-1].cells)
+
+
+def test_the_embedded_text_that_is_read_is_held_out():
+    np.testing.assert_array_equal(surprise_gates.text_of("embedded"), corpus("embedded").validation)
 
 
 @pytest.mark.slow
