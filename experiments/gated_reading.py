@@ -35,8 +35,8 @@ def first(count: int) -> Gate:
     """The first `count` chunks, then none.
 
     >>> gate = first(1)
-    >>> state, write = gate.update(gate.init(), 2.0)
-    >>> bool(write), bool(gate.update(state, 2.0)[1])
+    >>> state, write = gate.update(gate.init(), jnp.float32(2.0))
+    >>> bool(write), bool(gate.update(state, jnp.float32(2.0))[1])
     (True, False)
     """
     return Gate(f"first:{count}", lambda: jnp.int32(0), lambda read, surprise: (read + 1, read < count))

@@ -10,9 +10,9 @@ final representation each predicting the next byte through the shared rows of th
     recall_1/8    of test sentences: is the nearest training sentence one of the same intent? Nearest by the cosine of
                   those channels in the mean over bytes of the representation, less the mean training sentence
 
-FOLDER holds labelled sentences, CLINC150 (data_full.json) or Banking77 (train.csv and test.csv). The model is trained
-on the training sentences, shuffled, one a line and without their labels, but for the last tenth, which are the held-out
-text. With --data embedded, the default, it is trained on the library's own text, and there is no recall.
+FOLDER holds labelled sentences and is called clinc150 or banking77, with the files that `intents` reads. The model is
+trained on the training sentences, shuffled, one a line and without their labels, but for the last tenth, which are the
+held-out text. With --data embedded, the default, it is trained on the library's own text, and there is no recall.
 
 The report draws the curves (plots/matryoshka_width.png).
 
@@ -30,21 +30,19 @@ no better: within the spread at 1/8 and 1/4, worse beyond. The steps of a run ta
 26 s, without compilation and evaluation (Intel Xeon).
 """
 
-import csv
 import dataclasses
 import functools
-import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import text
+from experiments import intents, text
+from experiments.intents import DataSet, Labelled
 from experiments.niah import BYTES
 from experiments.options import TINY_RESULTS, Options, model_config
 from experiments.published import PREFIXES
@@ -56,6 +54,7 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import unknown
 
 HEADS = {"plain": (0.0, 0.0, 0.0, 1.0), "matryoshka": (0.25, 0.25, 0.25, 0.25)}
+FOLDERS = ("clinc150", "banking77")
 ROWS = 50  # sentences read at once
 
 
@@ -105,45 +104,28 @@ TINY = MatryoshkaOptions(
 )
 
 
-class Sentences(NamedTuple):
-    """Labelled sentences."""
-
-    texts: list[str]
-    labels: np.ndarray  # [N] str
-
-
 @functools.cache
-def labelled(folder: Path) -> tuple[Sentences, Sentences]:
+def labelled(folder: Path) -> DataSet:
     """Sentences to train on and to search in, and sentences to look for.
 
     Raises:
-      UserError: neither CLINC150 nor Banking77 is there.
+      UserError: the folder is not called after one of `FOLDERS`, or does not hold its files.
     """
-    if (folder / "data_full.json").exists():
-        found = json.loads((folder / "data_full.json").read_text())
-        pairs = [found[part] for part in ("train", "test")]
-    elif (folder / "train.csv").exists() and (folder / "test.csv").exists():
-        tables = [io.StringIO((folder / f"{part}.csv").read_text(), newline="") for part in ("train", "test")]
-        pairs = [list(csv.reader(table))[1:] for table in tables]  # without the head
-    else:
-        raise UserError(
-            f"data {folder} holds neither data_full.json (CLINC150) nor train.csv and test.csv (Banking77); give a "
-            "folder that does, or embedded"
-        )
-    train, test = (Sentences([one for one, _ in rows], np.array([label for _, label in rows])) for rows in pairs)
-    return train, test
+    if folder.name not in FOLDERS:
+        raise UserError(f"data {folder} is neither a folder {' nor '.join(FOLDERS)} of `intents`, nor embedded")
+    return intents.load(folder.name, str(folder.parent))
 
 
-def some(sentences: Sentences, per_intent: int) -> Sentences:
+def some(sentences: Labelled, per_intent: int) -> Labelled:
     """The first `per_intent` of every label.
 
-    >>> some(Sentences(["a", "b", "c"], np.array(["x", "x", "y"])), 1).texts
+    >>> some(Labelled(["a", "b", "c"], np.array([0, 0, 1])), 1).texts
     ['a', 'c']
     """
-    order = np.argsort(sentences.labels, kind="stable")
-    _, begins, counts = np.unique(sentences.labels[order], return_index=True, return_counts=True)
+    order = np.argsort(sentences.labels_N, kind="stable")
+    _, begins, counts = np.unique(sentences.labels_N[order], return_index=True, return_counts=True)
     places = np.concatenate([order[b : b + min(n, per_intent)] for b, n in zip(begins, counts, strict=True)])
-    return Sentences([sentences.texts[i] for i in places], sentences.labels[places])
+    return Labelled([sentences.texts[i] for i in places], sentences.labels_N[places])
 
 
 def lines(texts: Sequence[str]) -> np.ndarray:
@@ -196,12 +178,12 @@ def evaluation(config: ModelConfig, model: Model, held_out: np.ndarray, cell: Ma
         scores = {f"bits_{share}": float(n / count) / math.log(2) for share, n in zip(PREFIXES, nats, strict=True)}
         if cell.data == "embedded":
             return scores
-        train, test = labelled(Path(cell.data))
-        searched, wanted = some(train, cell.per_intent), some(test, -(-cell.per_intent // 2))
+        data = labelled(Path(cell.data))
+        searched, wanted = some(data.train, cell.per_intent), some(data.test, -(-cell.per_intent // 2))
         one, two = (vectors(functools.partial(read, params), s.texts, cell.sentence) for s in (searched, wanted))
         mean = one.mean(axis=0)
         for share, m in zip(PREFIXES, widths, strict=True):
-            cut = ((one - mean)[:, :m], searched.labels, (two - mean)[:, :m], wanted.labels)
+            cut = ((one - mean)[:, :m], searched.labels_N, (two - mean)[:, :m], wanted.labels_N)
             scores[f"recall_{share}"] = recall(*cut)
         return scores
 
@@ -223,7 +205,7 @@ def texts_of(data: str) -> tuple[np.ndarray, np.ndarray]:
     if data == "embedded":
         corpus = text.corpus(data)
         return corpus.train, corpus.validation
-    texts = labelled(Path(data))[0].texts
+    texts = labelled(Path(data)).train.texts
     shuffled = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
     kept = len(texts) * 9 // 10
     return lines(shuffled[:kept]), lines(shuffled[kept:])

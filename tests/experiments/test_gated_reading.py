@@ -58,7 +58,7 @@ def test_the_first_chunks_are_written():
     gate, opened = first(2), []
     state = gate.init()
     for surprise in (1.0, 0.0, 9.0):
-        state, write = gate.update(state, surprise)
+        state, write = gate.update(state, jnp.float32(surprise))
         opened.append(bool(write))
     assert opened == [True, True, False]
 

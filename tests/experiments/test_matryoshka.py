@@ -10,7 +10,8 @@ from rich.console import Console
 
 from experiments import matryoshka, plots, records
 from experiments.cells import table_cells
-from experiments.matryoshka import MatryoshkaOptions, Sentences, labelled, lines, recall, some, texts_of, vectors
+from experiments.intents import Labelled
+from experiments.matryoshka import MatryoshkaOptions, labelled, lines, recall, some, texts_of, vectors
 from experiments.published import PREFIXES, TABLES
 from experiments.running import run
 from hope_jax.training.errors import UserError
@@ -20,18 +21,23 @@ PAIRS = [[f"please {verb} number {i}", verb] for i in range(6) for verb in ("ope
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "data_full.json").write_text(json.dumps({"train": PAIRS, "test": PAIRS[:4]}))
-    return tmp_path
+    path = tmp_path / "clinc150"
+    path.mkdir()
+    (path / "data_full.json").write_text(json.dumps({"train": PAIRS, "test": PAIRS[:4]}))
+    (path / "domains.json").write_text(json.dumps({"all": ["open", "close"]}))
+    return path
 
 
-def test_both_kinds_of_folder(folder, tmp_path_factory):
-    other = tmp_path_factory.mktemp("csv")
+def test_both_kinds_of_folder(folder):
+    other = folder.parent / "banking77"
+    other.mkdir()
     for part, pairs in (("train", PAIRS), ("test", PAIRS[:4])):
         rows = "".join(f'"{text}",{label}\n' for text, label in pairs)
         (other / f"{part}.csv").write_text(f"text,category\n{rows}")
-    for one, two in zip(labelled(folder), labelled(other), strict=True):
-        assert one.texts == two.texts and one.labels.tolist() == two.labels.tolist()
-    with pytest.raises(UserError, match=r"neither data_full\.json .* nor train\.csv"):
+    one, two = labelled(folder), labelled(other)
+    for mine, theirs in ((one.train, two.train), (one.test, two.test)):
+        assert mine.texts == theirs.texts and mine.labels_N.tolist() == theirs.labels_N.tolist()
+    with pytest.raises(UserError, match="neither a folder clinc150 nor banking77"):
         labelled(other / "nothing")
 
 
@@ -43,8 +49,8 @@ def test_text_is_every_training_sentence_once(folder):
 
 
 def test_some_takes_as_many_of_each_label():
-    found = some(Sentences(list("abcde"), np.array(["x", "y", "x", "x", "y"])), 2)
-    assert found.texts == ["a", "c", "b", "e"] and found.labels.tolist() == ["x", "x", "y", "y"]
+    found = some(Labelled(list("abcde"), np.array([0, 1, 0, 0, 1])), 2)
+    assert found.texts == ["a", "c", "b", "e"] and found.labels_N.tolist() == [0, 0, 1, 1]
 
 
 def test_vectors_are_means_over_the_bytes_of_a_sentence():

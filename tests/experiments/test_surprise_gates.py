@@ -57,7 +57,7 @@ def test_where_writing_does_not_help_there_is_no_gain():
     found = {"never": [Reading(3.0, 0)] * 2, "always": [Reading(2.0, 1), Reading(3.0, 1)]}
     found["half"] = [Reading(2.5, 0.5)] * 2
     assert np.array_equal(gains(found, "half"), [0.5, np.nan], equal_nan=True)
-    assert all(cell.startswith("no bound") for cell in surprise_gates.table_of(found).columns[-1].cells)
+    assert all(str(cell).startswith("no bound") for cell in surprise_gates.table_of(found).columns[-1].cells)
 
 
 def test_the_embedded_text_that_is_read_is_held_out():
