@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hope_jax import online
-from hope_jax.online.serve import build_app
+from hope_jax.online.service import build_app
 from tests.online.serving import TOKEN, running
 
 CHROMIUM = Path("/usr/bin/chromium")

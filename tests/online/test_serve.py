@@ -16,7 +16,8 @@ from hope_jax import online
 from hope_jax.cli import main
 from hope_jax.models import build_lm
 from hope_jax.online import users as users_module
-from hope_jax.online.serve import _alone, build_app
+from hope_jax.online.serve import _alone
+from hope_jax.online.service import build_app
 from hope_jax.online.users import Refused, Users
 from hope_jax.training.errors import UserError
 from tests.online.serving import AUTHORIZED, TOKEN, running
