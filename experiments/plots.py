@@ -30,7 +30,7 @@ def bars(cells: Cells, table: Table) -> Any:
     scores = [score for score in table.scores if score in shown]
     models = sorted({model for model, _ in cells})
     columns = [column for column in columns_of(table, cells) if any((model, column) in cells for model in models)]
-    figure, panels = figure_of(len(scores), width=1.5 + len(columns))
+    figure, panels = figure_of(len(scores), width=1.5 + max(3, len(columns)))
     for axes, score in zip(panels, scores, strict=True):
         for number, model in enumerate(models):
             heights = {}
