@@ -235,7 +235,7 @@ class Session:
         return Snapshot(self._state, self._held, self._seen, self._read, self._context)
 
     def resume(self, snapshot: Snapshot) -> None:
-        """Goes on from where a session of the same model and options stood.
+        """Goes on from where a session of the same model and options stood; what this one read is gone.
 
         Raises:
           ValueError: its parts contradict each other.
@@ -272,7 +272,7 @@ class Session:
         self.file = path, write_session(path, content_of(self), known=known, overwrite=overwrite)
 
     def level_index(self, level: str | int) -> int:
-        """The number of a level that is called "fast", "level_0" or 0.
+        """The number of a level by what it may be called: "fast" (the fastest), "level_0" or 0.
 
         Raises:
           UserError: there is no such level.
