@@ -7,6 +7,7 @@ A learner is a word, for the grid of an experiment:
                      All else is frozen.
     64,64,64         one level: the same weights, all written at the same clock
     meta:16,64,256   the same after training through the writes (levels whose starts are meta-learned)
+    sleep:16,64,256  the levels, and after each text its fast level is consolidated into the next one (spec 11.4)
     all:64           every parameter, by plain gradient descent after each 64 bytes
     none             nothing: the model as it was trained, with its context of one window
 
@@ -23,9 +24,13 @@ import optax
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.models.fast_levels import with_fast_levels
 from hope_jax.models.fast_weights import fast_weights
+from hope_jax.online.consolidate import distil
 from hope_jax.training.errors import UserError
 
-type Kind = Literal["levels", "meta", "all"]
+type Kind = Literal["levels", "meta", "sleep", "all"]
+
+REPLAYED = 8  # windows, the last ones of a text, that sleep replays
+SLEEP = {"steps": 50, "learning_rate": 3e-3}  # of Adam
 
 
 class Learner(NamedTuple):
@@ -53,7 +58,11 @@ def learner(name: str) -> Learner:
         found = None
     known = get_args(Kind.__value__)
     if found is None or found.kind not in known or min(found.clocks) < 1 or (kind == "all" and len(found.clocks) > 1):
-        raise UserError(f"learners are 'none' or clocks like '16,64', 'meta:16,64', 'all:64'; got {name!r}")
+        raise UserError(
+            f"learners are 'none' or clocks like '16,64', 'meta:16,64', 'sleep:16,64', 'all:64'; got {name!r}"
+        )
+    if kind == "sleep" and len(found.clocks) == 1:
+        raise UserError(f"sleep moves what the first level knows into the second; give it two clocks, not {name!r}")
     return found
 
 
@@ -63,6 +72,8 @@ class Moving(NamedTuple):
     start: Callable[[Any], Any]  # params -> weights
     put: Callable[[Any, Any], Any]  # (params, weights) -> the parameters with them
     read: Callable[[Any, Any, jax.Array, jax.Array], Any]  # (params, weights, tokens [T + 1], eta) -> weights
+    rest: Callable[[Any, Any, jax.Array], Any] = lambda params, weights, windows: weights
+    # (params, weights, windows [N, T + 1]) -> weights, after a text
 
 
 def moving(config: ModelConfig, who: Learner) -> Moving:
@@ -74,7 +85,10 @@ def moving(config: ModelConfig, who: Learner) -> Moving:
     """
     if not who.clocks:
         return Moving(lambda params: (), lambda params, weights: params, lambda params, weights, tokens, eta: weights)
-    return _everything(config, who.clocks[0]) if who.kind == "all" else _levels(config)
+    if who.kind == "all":
+        return _everything(config, who.clocks[0])
+    levels = _levels(config)
+    return levels._replace(rest=_sleep(config, levels)) if who.kind == "sleep" else levels
 
 
 def _levels(config: ModelConfig) -> Moving:
@@ -88,6 +102,18 @@ def _levels(config: ModelConfig) -> Moving:
         return tuple(jax.tree.map(lambda leaf_B: leaf_B[0], level.start) for level in state.nest.levels)
 
     return Moving(fast.take, fast.put, read)
+
+
+def _sleep(config: ModelConfig, levels: Moving) -> Callable[[Any, Any, jax.Array], Any]:
+    """The first level back at its start, the second knowing what it knew."""
+
+    def rest(params: Any, weights: Any, windows_NT: jax.Array) -> Any:
+        start, teacher = levels.start(params)[0], levels.put(params, weights)
+        tokens_BT = windows_NT[-REPLAYED:, :-1]
+        trained = distil(config, 0, SLEEP["steps"], teacher, start, tokens_BT, SLEEP["learning_rate"])[0]
+        return (start, trained, *weights[2:])
+
+    return rest
 
 
 def _everything(config: ModelConfig, clock: int) -> Moving:

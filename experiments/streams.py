@@ -102,7 +102,7 @@ def at_rates(base: ModelConfig, moving: Moving, rates: Sequence[float]) -> AtRat
             def window(weights: Any, tokens_T: jax.Array) -> tuple[Any, None]:
                 return moving.read(params, weights, tokens_T.astype(jnp.int32), eta), None
 
-            return jax.lax.scan(window, weights, windows_NT)[0]
+            return moving.rest(params, jax.lax.scan(window, weights, windows_NT)[0], windows_NT)
 
         return jax.vmap(one)(weights_R, etas_R)
 
@@ -133,7 +133,6 @@ def trace(learners: AtRates, params: Any, texts: Sequence[np.ndarray], tests: Se
     found = [[learners.measure(params, weights, shown) for shown in tests]]
     for streamed in texts:
         weights = learners.learn(params, weights, streamed)
-        # What was learned could be consolidated here (spec 11.4), weights -> weights.
         found.append([learners.measure(params, weights, shown) for shown in tests])
     return np.asarray(found).transpose(2, 0, 1)
 
@@ -193,6 +192,8 @@ def configs(cell: StreamOptions) -> tuple[ModelConfig, ModelConfig]:
     field = "cms_chunks" if base.has_cms else "mlp_chunks"
     clocks = who.clocks if base.has_cms or not who.clocks else (*who.clocks, *[None] * (base.layers - len(who.clocks)))
     try:
+        if who.kind == "sleep" and not base.has_cms:
+            raise UserError(f"sleep needs a CMS chain; {base.name} has none, hope_attention and hope have")
         return base, dataclasses.replace(base, **{field: clocks}, cms_eta=cell.meta_rate)
     except ValueError as error:
         raise UserError(one_line(error)) from error

@@ -82,32 +82,44 @@ def consolidate(
         if not least <= value < math.inf:
             raise UserError(f"{name} must be a finite number, at least {least}; got {value}")
     index, tokens_BT = _level(session, level), _rows(session, replay)
-    blocks = session.params["blocks"]
-    final = fast_weights(session.model).put(session.params, session.weights())["blocks"]["cms"]
-    student = {**final, level_name(index): blocks["cms"][level_name(index)]}
-    teacher = {**session.params, "blocks": {**blocks, "cms": final}}
-    name = level_name(index + 1)
-    trained, forgotten, left = _distil(session.model, name, steps, teacher, student, tokens_BT, learning_rate, keep)
+    teacher = fast_weights(session.model).put(session.params, session.weights())
+    start = session.params["blocks"]["cms"][level_name(index)]
+    trained, forgotten, left = distil(session.model, index, steps, teacher, start, tokens_BT, learning_rate, keep)
     rested = _with_level(session, index + 1, trained)
     rested.forget(index)
     return rested, Consolidated(float(forgotten), float(left), int(tokens_BT.size))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _distil(
+def distil(
     config: ModelConfig,
-    name: str,
+    index: int,
     steps: int,
     params: Any,
-    student: Any,
+    start: Any,
     tokens_BT: jax.Array,
-    learning_rate: jax.Array,
-    keep: jax.Array,
+    learning_rate: float | jax.Array,
+    keep: float | jax.Array = 0.0,
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """The matrices of level `name` after training, and the relative errors before and after."""
-    chains = cms_chains(config)
+    """Trains a level to do with a fresh level before it what both do now (spec 11.4).
+
+    Args:
+      config: of a model whose blocks end in a CMS chain.
+      index: of the level that is emptied; the next one is trained.
+      steps: of Adam, whose learning rate falls to zero along a cosine.
+      params: with what all levels have learned: the teacher.
+      start: the emptied level's own parameters before it learned, its matrices [L, ...] at least.
+      tokens_BT: the replay.
+      learning_rate: of Adam.
+      keep: lambda of `consolidate`.
+
+    Returns:
+      The trained matrices [L, ...], and the errors (see `Consolidated`) before and after.
+    """
+    chains, cms = cms_chains(config), params["blocks"]["cms"]
+    student, name = {**cms, level_name(index): {**cms[level_name(index)], **start}}, level_name(index + 1)
     x = chains.inputs(params, tokens_BT)
-    teacher = chains.apply(params["blocks"]["cms"], x)
+    teacher = chains.apply(cms, x)
     before = {key: student[name][key] for key in CMS_MATRICES}
     scale = jnp.mean(jnp.square(teacher - x))
 

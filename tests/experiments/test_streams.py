@@ -17,6 +17,7 @@ from experiments.published import TABLES
 from experiments.streams import StreamOptions, TradeOff, at_rates, curve, cut, trace, trade_off
 from experiments.training import Trained
 from hope_jax.models import build_lm
+from hope_jax.models.cms_inputs import cms_chains
 from hope_jax.training.errors import UserError
 from tests.experiments.test_report import record
 
@@ -79,6 +80,28 @@ def test_without_a_learning_rate_nothing_is_learned(who):
     assert (trace(nothing, params, [WINDOWS], [TEST, WINDOWS]) == found[0, 0]).all()
 
 
+def test_sleep_empties_the_fast_level_into_the_next():
+    """What the chains give on the replayed text is kept better than by emptying the level alone (spec 11.4)."""
+    cell = dataclasses.replace(domain_stream.TINY, learners=("sleep:4,8",), length=T, layers=1)
+    base, config = streams.configs(cell)
+    params = jax.jit(build_lm(base).init)(jax.random.key(0))
+    how = {name: moving(config, learner(name)) for name in ("4,8", "sleep:4,8")}
+    rates = (10.0,)
+    awake, asleep = (at_rates(base, one, rates) for one in how.values())
+    start = asleep.start(params)
+    learned, rested = (one.learn(params, start, WINDOWS) for one in (awake, asleep))
+    for ours, first in zip(jax.tree.leaves(rested[0]), jax.tree.leaves(start[0]), strict=True):
+        np.testing.assert_array_equal(ours, first)
+    assert optax.tree.norm(optax.tree.sub(rested[1], learned[1])) > 1e-3
+    chains = cms_chains(config)
+    put = jax.jit(lambda weights: how["4,8"].put(params, jax.tree.map(lambda leaf: leaf[0], weights)))
+    x = chains.inputs(put(learned), jnp.asarray(WINDOWS[:, :-1]))
+    y, emptied, kept = (
+        chains.apply(put(weights)["blocks"]["cms"], x) for weights in (learned, (start[0], *learned[1:]), rested)
+    )
+    assert jnp.linalg.norm(kept - y) < jnp.linalg.norm(emptied - y)
+
+
 def test_forgetting_by_hand():
     """A: 3 at best before, 3.5 and 3.1 after B at two rates; B: 5 at best before, 4 and 4.8 after."""
     bits = np.array(
@@ -122,6 +145,7 @@ def test_a_text_is_cut_into_windows_that_share_a_byte():
     [
         ({"learners": ("sgd:8",)}, "got 'sgd:8'"),
         ({"learners": ("all:4,8",)}, "got 'all:4,8'"),
+        ({"learners": ("sleep:4",)}, "two clocks, not 'sleep:4'"),
         ({"learners": ("0",)}, "got '0'"),
         ({"learners": ("fast",)}, "got 'fast'"),
         ({"rates": (-1.0,)}, r"rates must be .*got \[-1.0\]"),
@@ -140,6 +164,7 @@ def test_what_cannot_be(changes, message):
         ({"learners": ("2,4",)}, "mlp_chunks needs one entry per layer"),
         ({"models": ("hope_attention",), "learners": ("4,2",)}, "chunk sizes must divide, fastest first"),
         ({"models": ("hope",), "learners": ("all:2",)}, "'all' must be a multiple of the memories' chunk 4; got 2"),
+        ({"learners": ("sleep:4,8",), "layers": 2}, "sleep needs a CMS chain; transformer has none"),
         ({"overrides": ("cms_variant=nested",)}, "nested levels start again"),
     ],
 )
