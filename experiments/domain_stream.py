@@ -15,9 +15,9 @@ Every inner learning rate is a point and every learner a curve, in plots/domain_
 less too, so several levels are better than one where their curve lies below those of one level (64,64,64: the same
 weights, all at one clock), at the gains that both reach.
 
-Ablations are learners too: "all:64" has no frozen base, "meta:16,64,256" has starts that were trained through the writes,
-"sleep:16,64,256" consolidates its fast level after each text. `--models transformer --learners 16,64 64,16` (two layers)
-has the slow level behind the fast one, and before it.
+Ablations are learners too: "all:64" has no frozen base, "meta:16,64,256" has starts that were trained through the
+writes, "sleep:16,64,256" consolidates its fast level after each text. `--models transformer --learners 16,64 64,16`
+(two layers) has the slow level behind the fast one, and before it.
 
 Cost at the defaults, in processor time of a busy two-core machine: a minute of training, shared by the learners of one
 call unless their starts are meta-learned, and about 40 seconds more per learner. A training step through the writes
