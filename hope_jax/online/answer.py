@@ -1,10 +1,13 @@
-"""An answer while it is made: from tokens to text as soon as it is sure, up to a text that ends it."""
+"""An answer while it is made: which token comes next, and the text as soon as it is sure, up to one that ends it."""
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
 
 from hope_jax.training.errors import UserError
-from hope_jax.training.generate import Decoding
+from hope_jax.training.generate import Decoding, choose_token
 from hope_jax.training.vocabulary import Vocabulary
 
 
@@ -67,6 +70,18 @@ def check_options(max_tokens: int, temperature: float, top_k: int, *seeds: int) 
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise UserError(f"a seed is at least 0 and below 2**32; got {seed}")
+
+
+@functools.lru_cache(maxsize=16)
+def choices(greedy: bool, top_k: int) -> Callable[..., jax.Array]:
+    """(temperature, logits_BV, seed_B, i, allowed_BV) -> the i-th token_B of answers, each by its own row alone."""
+
+    def choose(temperature, logits_V, seed, i, allowed_V):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        heat = 0.0 if greedy else temperature
+        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=heat, top_k=top_k)
+
+    return jax.jit(jax.vmap(choose, in_axes=(None, 0, 0, None, 0)))
 
 
 def _overlap(text: str, end: str) -> int:

@@ -99,7 +99,7 @@ class Chat:
         except KeyboardInterrupt:
             self.console.print(" (stopped)", end="", style="dim")
         self.console.print()
-        last = self.session.snapshot().held.tokens[-1:]  # the last token read always waits for the next
+        last = self.session.snapshot().place.held.tokens[-1:]  # the last token read always waits for the next
         if "\n" not in self.session.vocabulary.decode(last.tolist()):  # the model did not end its line
             self.session.observe("\n", update_allowed=False)
 

@@ -18,7 +18,8 @@ from hope_jax.models import ModelConfig
 from hope_jax.models.cms import level_name
 from hope_jax.models.cms_inputs import cms_chains
 from hope_jax.models.fast_weights import CMS_MATRICES, fast_weights
-from hope_jax.online.session import FAST, Session, Text
+from hope_jax.online.session import FAST, Session
+from hope_jax.online.tokens import Text
 from hope_jax.training.errors import UserError
 
 ROW = 256  # tokens of replay that are read together

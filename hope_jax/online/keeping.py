@@ -12,7 +12,8 @@ import numpy as np
 from hope_jax.models import ModelConfig
 from hope_jax.online.fingerprint import config_fingerprint
 from hope_jax.online.gates import Gate, parse_gate
-from hope_jax.online.session import Session, Snapshot
+from hope_jax.online.place import Place, Snapshot
+from hope_jax.online.session import Session
 from hope_jax.online.session_file import FORMAT, Expected, SessionFile, read_metadata, read_session
 from hope_jax.online.stream import Held
 from hope_jax.training.errors import UserError
@@ -123,9 +124,9 @@ def open(
 
 def content_of(session: Session) -> SessionFile:
     """What a file of the session holds."""
-    now, fresh = session.snapshot(), _named(session.fresh_state())
-    tensors = {TOKENS: now.held.tokens, TEACHES: now.held.teaches, SEEN: now.seen}
-    for name, leaf in _named(now.state).items():
+    (state, place), fresh = session.snapshot(), _named(session.fresh_state())
+    tensors = {TOKENS: place.held.tokens, TEACHES: place.held.teaches, SEEN: place.seen}
+    for name, leaf in _named(state).items():
         value = np.asarray(leaf)
         if value.tobytes() != np.asarray(fresh[name]).tobytes():
             tensors[STATE + name] = value
@@ -140,8 +141,8 @@ def content_of(session: Session) -> SessionFile:
             "max_moved": "" if session.max_moved is None else repr(session.max_moved),
             "vocabulary": session.vocabulary.digest,
             "run": session.run,
-            "read": str(now.read),
-            "context": str(now.context),
+            "read": str(place.read),
+            "context": str(place.context),
             "versions": json.dumps(versions()),
         },
         {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
@@ -153,7 +154,7 @@ def _snapshot(session: Session, tensors: dict[str, np.ndarray], counts: dict[str
     paths, structure = jax.tree_util.tree_flatten_with_path(session.fresh_state())
     leaves = [jnp.asarray(tensors.get(STATE + path_string(path), leaf)) for path, leaf in paths]
     held = Held(tensors[TOKENS].astype(np.int32), tensors[TEACHES] != 0)
-    return Snapshot(jax.tree.unflatten(structure, leaves), held, tensors[SEEN] != 0, **counts)
+    return Snapshot(jax.tree.unflatten(structure, leaves), Place(held, tensors[SEEN] != 0, **counts))
 
 
 def _expected(session: Session) -> dict[str, Expected]:

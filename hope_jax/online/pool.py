@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.models import ModelConfig
-from hope_jax.online.answer import Answer, check_options
+from hope_jax.online.answer import Answer, check_options, choices
+from hope_jax.online.place import NOTHING, Place, Snapshot
 from hope_jax.online.report import Report, join, summarize
-from hope_jax.online.session import Session, Text
+from hope_jax.online.session import Session
 from hope_jax.online.stream import ChunkReport, Held, Pieces, Stream, StreamState, choose, cut
+from hope_jax.online.tokens import Text
 from hope_jax.training.errors import UserError
-from hope_jax.training.generate import choose_token
 
-NOTHING = Held(np.zeros(0, np.int32), np.zeros(0, bool))
 SHOWN = 3  # users that a message names
 
 
@@ -32,7 +32,8 @@ class Row(NamedTuple):
     """A user's place in the pool."""
 
     slot: int
-    stream: Session  # what the host knows of the stream; its arrays are in the slot
+    session: Session  # as which the user came: its options; where it stands now is in the slot and
+    place: Place
     ahead: int  # held tokens that `Ahead` has read
     used: int  # the pool's call that last had to do with it
 
@@ -100,7 +101,7 @@ class Pool:
             raise UserError(f"a pool has at least one slot; got slots={slots}")
         # Arrays, tuples, dicts and sessions in here are replaced, never written into: a copy is a fork.
         self._fresh = Session(model, params, **options)
-        self._stream = self._fresh._stream
+        self._stream, self._pace = self._fresh.stream, self._fresh.pace
         self._programs = _programs(self._stream, jax.default_backend() != "cpu" if together is None else together)
         self._state: StreamState = self._stream.init(params, slots)
         self._ahead: Ahead | None = None
@@ -143,12 +144,12 @@ class Pool:
                 f"no free slot for {user!r}: all {len(taken)} are taken; evict a user "
                 f"(longest idle: {', '.join(map(repr, self._longest_idle()[:SHOWN]))}) or make a pool of more slots"
             )
-        stream = self._fresh if session is None else session
-        self._check(user, stream)
-        slot = free[0]
-        self._fill(slot, stream._state)  # all of the slot, whatever was there
+        session = self._fresh if session is None else session
+        self._check(user, session)
+        slot, (state, place) = free[0], session.snapshot()
+        self._fill(slot, state)  # all of the slot, whatever was there
         self._generations = tuple(g + (i == slot) for i, g in enumerate(self._generations))
-        self._keep({user: Row(slot, self._adopted(stream, self._fresh._state), 0, 0)})
+        self._keep({user: Row(slot, self._adopted(session, self._fresh.snapshot()), place, 0, 0)})
 
     def evict(self, user: str) -> Session:
         """Takes a user out, as a session of its own, and sets the slot back to the fresh state.
@@ -159,7 +160,7 @@ class Pool:
         session = self.session(user)
         slot = self._rows[user].slot
         self._rows = {other: row for other, row in self._rows.items() if other != user}
-        self._fill(slot, self._fresh._state)
+        self._fill(slot, self._fresh.snapshot().state)
         return session
 
     def session(self, user: str) -> Session:
@@ -169,7 +170,7 @@ class Pool:
           UserError: the user is not in the pool.
         """
         row = self._row(user)
-        return self._adopted(row.stream, _take(self._state, np.int32(row.slot)))
+        return self._adopted(row.session, Snapshot(_take(self._state, np.int32(row.slot)), row.place))
 
     def observe(
         self, texts: Mapping[str, Text], *, update_allowed: bool | Mapping[str, bool] = True
@@ -183,11 +184,11 @@ class Pool:
         Raises:
           UserError: a user who is not in the pool, or as `Session.observe`; then nobody's text has been read.
         """
-        tokens = {user: self._row(user).stream.encode(text) for user, text in texts.items()}
+        tokens = {user: self._row(user).session.encode(text) for user, text in texts.items()}
         allowed = _by_user("update_allowed", update_allowed, texts)
         reports: dict[str, list[ChunkReport]] = {user: [] for user in texts}
         new_contexts = dict.fromkeys(texts, 0)
-        block = self._fresh._block
+        block = self._pace.block
         for begin in range(0, max(map(len, tokens.values()), default=0), block):
             blocks = {user: all_[begin : begin + block] for user, all_ in tokens.items() if begin < len(all_)}
             for user, (more, restarts) in self._extend(blocks, allowed).items():
@@ -197,10 +198,10 @@ class Pool:
         phase_B = np.asarray(self._state.nest.phase)
         return {
             user: summarize(
-                join(reports[user], self._stream.size, len(self._fresh.clocks)),
+                join(reports[user], self._pace.size, len(self._fresh.clocks)),
                 tokens=len(tokens[user]),
-                held=len(self._rows[user].stream._held.tokens),
-                written=int(phase_B[self._rows[user].slot]) * self._stream.size,
+                held=len(self._rows[user].place.held.tokens),
+                written=int(phase_B[self._rows[user].slot]) * self._pace.size,
                 clocks=self._fresh.clocks,
                 new_contexts=new_contexts[user],
             )
@@ -246,29 +247,30 @@ class Pool:
           UserError: a user who is not in the pool, a value out of range, or as `observe`.
         """
         check_options(max_tokens, temperature, top_k, *(seed.values() if isinstance(seed, Mapping) else (seed,)))
-        tokens = {user: self._row(user).stream._prompt(prompt) for user, prompt in prompts.items()}
+        rows = {user: self._row(user) for user in prompts}
+        tokens = {user: row.session.prompt_tokens(prompts[user], row.place) for user, row in rows.items()}
         seeds = _by_user("seed", seed, prompts)
         self._keep({user: self._rows[user] for user in prompts})
         pool = self if learn else copy.copy(self)
         pool._extend(tokens, dict.fromkeys(prompts, learn))
-        likeliest = _choices(temperature == 0, min(top_k, self._fresh.model.vocab_size))
-        choices = functools.partial(pool._choose, seeds, functools.partial(likeliest, temperature))
+        next_token = functools.partial(choices(temperature == 0, min(top_k, self._fresh.model.vocab_size)), temperature)
+        choose_next = functools.partial(pool._choose, seeds, next_token)
         places = {user: pool._place(user) for user in prompts}  # now, not when the first piece is asked for
         answers = {user: Answer(self._fresh.vocabulary, until, tokens[user].tolist()) for user in prompts}
         here = functools.partial(self._stays, places)  # who is in this pool, also where a copy answers
-        return pool._answers(answers, here, choices, max_tokens, learn and learn_on_generated)
+        return pool._answers(answers, here, choose_next, max_tokens, learn and learn_on_generated)
 
     def _answers(
         self,
         answers: dict[str, Answer],
         here: Callable[[str], bool],
-        choices: Callable[[list[str], int], dict[str, int]],
+        choose_next: Callable[[list[str], int], dict[str, int]],
         max_tokens: int,
         teaches: bool,
     ) -> Iterator[tuple[str, str]]:
         for i in range(max_tokens):
             asked = [user for user, one in answers.items() if not one.ended and here(user)]
-            chosen = choices(asked, i) if asked else {}
+            chosen = choose_next(asked, i) if asked else {}
             tokens = {user: token for user, token in chosen.items() if token != self._fresh.vocabulary.end}
             self._extend({user: np.array([token]) for user, token in tokens.items()}, dict.fromkeys(tokens, teaches))
             for user in [user for user in answers if user not in tokens]:
@@ -284,15 +286,15 @@ class Pool:
         """Whether a user has not left since."""
         return self._place(user) == places[user]
 
-    def _choose(self, seeds: Mapping[str, int], choices: Callable, users: list[str], i: int) -> dict[str, int]:
+    def _choose(self, seeds: Mapping[str, int], next_token: Callable, users: list[str], i: int) -> dict[str, int]:
         """The i-th token of each user's answer."""
         ahead = self._look(users)
         slots = [self._rows[user].slot for user in users]
         allowed_BV = np.ones(ahead.logits_BV.shape, bool)
         seed_B = np.zeros(len(allowed_BV), np.int64)
         for user, slot in zip(users, slots, strict=True):
-            allowed_BV[slot], seed_B[slot] = self._rows[user].stream._seen, seeds[user]
-        token_B = np.asarray(choices(ahead.logits_BV, seed_B, np.int32(i), allowed_BV))
+            allowed_BV[slot], seed_B[slot] = self._rows[user].place.seen, seeds[user]
+        token_B = np.asarray(next_token(ahead.logits_BV, seed_B, np.int32(i), allowed_BV))
         return dict(zip(users, token_B[slots].tolist(), strict=True))
 
     def _look(self, users: Iterable[str]) -> Ahead:
@@ -300,10 +302,10 @@ class Pool:
         shape = len(self._generations), self._fresh.model.vocab_size
         ahead = self._ahead or Ahead(self._state.nest.carry, jnp.zeros(shape))
         rows = {user: self._rows[user] for user in users}
-        while waiting := {user: row for user, row in rows.items() if row.ahead < len(row.stream._held.tokens)}:
+        while waiting := {user: row for user, row in rows.items() if row.ahead < len(row.place.held.tokens)}:
             token_B = np.zeros(len(self._generations), np.int32)
             for row in waiting.values():
-                token_B[row.slot] = row.stream._held.tokens[row.ahead]
+                token_B[row.slot] = row.place.held.tokens[row.ahead]
             starts_B = self._flags(row.slot for row in waiting.values() if not row.ahead)
             reads_B = self._flags(row.slot for row in waiting.values())
             ahead = self._programs.read_on(self._fresh.params, self._state, ahead, starts_B, reads_B, token_B)
@@ -321,12 +323,13 @@ class Pool:
         """
         rows = {user: _with(self._rows[user], more, teaches[user]) for user, more in tokens.items()}
         found: dict[str, tuple[list[ChunkReport], int]] = {user: ([], 0) for user in tokens}
-        while counts := {user: n for user, row in rows.items() if (n := row.stream._whole(row.stream._held))}:
-            pieces = self._side_by_side({rows[user].slot: (rows[user].stream._held, n) for user, n in counts.items()})
+        while counts := {user: n for user, row in rows.items() if (n := self._pace.whole(row.place))}:
+            pieces = self._side_by_side({rows[user].slot: (rows[user].place.held, n) for user, n in counts.items()})
             state, report_BN = self._programs.advance(self._fresh.params, self._state, pieces)
             report_BN = jax.tree.map(np.asarray, report_BN)
-            rows |= {user: _after(rows[user], n) for user, n in counts.items()}
-            full = [user for user in counts if not rows[user].stream._context]
+            places = {user: self._pace.after(rows[user].place, n) for user, n in counts.items()}
+            rows |= {user: rows[user]._replace(place=place, ahead=0) for user, place in places.items()}
+            full = [user for user, place in places.items() if not place.context]
             if full:
                 state = self._stream.new_context(
                     self._fresh.params, state, self._flags(rows[user].slot for user in full)
@@ -341,7 +344,7 @@ class Pool:
 
     def _side_by_side(self, held: Mapping[int, tuple[Held, int]]) -> Pieces:
         """By slot, so many chunks of what is held there."""
-        size, chunks = self._stream.size, self._stream.chunks
+        size, chunks = self._pace.size, self._pace.chunks
         nothing = cut(NOTHING, 0, size, chunks)
         found = [cut(*held[slot], size, chunks) if slot in held else nothing for slot in range(len(self._generations))]
         return Pieces(*map(np.concatenate, zip(*found, strict=True)))
@@ -358,12 +361,12 @@ class Pool:
             nothing = jnp.zeros_like(self._ahead.logits_BV[:1])
             self._ahead = _put(self._ahead, Ahead(row.nest.carry, nothing), np.int32(slot))
 
-    def _adopted(self, stream: Session, state: StreamState) -> Session:
-        """A session with this state that shares the parameters and programs of the pool."""
-        session = stream.fork()
-        session.params, session._stream = self._fresh.params, self._stream
-        session._state, session._ahead = state, None
-        return session
+    def _adopted(self, session: Session, snapshot: Snapshot) -> Session:
+        """A session that stands there and shares the parameters and programs of the pool."""
+        adopted = session.fork()
+        adopted.params, adopted.stream = self._fresh.params, self._stream
+        adopted.resume(snapshot)
+        return adopted
 
     def _check(self, user: str, session: Session) -> None:
         """Refuses a session that would not go on in this pool as it went before."""
@@ -402,16 +405,7 @@ class Pool:
 
 def _with(row: Row, tokens: np.ndarray, teaches: bool) -> Row:
     """The row with tokens that come next."""
-    stream = row.stream.fork()
-    stream._held = stream._with(tokens, np.full(len(tokens), teaches))
-    return row._replace(stream=stream)
-
-
-def _after(row: Row, count: int) -> Row:
-    """The row after so many chunks."""
-    stream = row.stream.fork()
-    stream._held, stream._read, stream._context = stream._after(stream._held, count)
-    return row._replace(stream=stream, ahead=0)
+    return row._replace(place=row.place.append(tokens, np.full(len(tokens), teaches)))
 
 
 def _by_user[T](name: str, value: T | Mapping[str, T], users: Iterable[str]) -> dict[str, T]:
@@ -467,15 +461,3 @@ def _in_turn[T](f: Callable[..., T], live_B: jax.Array, changing: T, fixed: tupl
         return _put(changing, new, slots_B[i])
 
     return jax.lax.fori_loop(0, live_B.sum(), body, changing)
-
-
-@functools.lru_cache(maxsize=16)
-def _choices(greedy: bool, top_k: int) -> Callable[..., jax.Array]:
-    """(temperature, logits_BV, seed_B, i, allowed_BV) -> the i-th token_B of answers."""
-
-    def choose(temperature, logits_V, seed, i, allowed_V):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        heat = 0.0 if greedy else temperature
-        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=heat, top_k=top_k)
-
-    return jax.jit(jax.vmap(choose, in_axes=(None, 0, 0, None, 0)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hope_jax.online.report import Report, join, summarize
+from hope_jax.online.report import Report
 from hope_jax.online.session import Session
 from hope_jax.online.stream import TOKENS_A_CALL
 
@@ -52,14 +52,9 @@ def joined(session: Session, reports: Sequence[Report]) -> Report:
 
     Those of `without_losses` may be among them.
     """
-    now = session.snapshot()
-    return summarize(
-        join([report.chunks for report in reports], session.chunk_size, len(session.clocks)),
-        tokens=sum(report.tokens for report in reports),
-        held=len(now.held.tokens),
-        written=int(now.state.nest.phase[0]) * session.chunk_size,
-        clocks=session.clocks,
-        new_contexts=sum(report.new_contexts for report in reports),
+    chunks = [report.chunks for report in reports]
+    return session.report(
+        chunks, sum(report.tokens for report in reports), sum(report.new_contexts for report in reports)
     )
 
 

@@ -5,39 +5,27 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.models import ModelConfig
-from hope_jax.online.answer import Answer, check_options
+from hope_jax.online.answer import Answer, check_options, choices
 from hope_jax.online.fingerprint import fingerprint
 from hope_jax.online.gates import Gate, always
+from hope_jax.online.place import NOTHING, Pace, Place, Snapshot
 from hope_jax.online.report import Report, join, summarize
-from hope_jax.online.stream import ChunkReport, Held, StreamState, build_stream, cut
+from hope_jax.online.stream import ChunkReport, StreamState, build_stream, cut
+from hope_jax.online.tokens import Text, tokens_of
 from hope_jax.training.errors import UserError
-from hope_jax.training.generate import choose_token
 from hope_jax.training.vocabulary import BYTES, Vocabulary, load_vocabulary
 
-type Text = str | bytes | Sequence[int] | np.ndarray  # text, bytes or tokens
-
 ONE = np.ones(1, bool)
-NOTHING = Held(np.zeros(0, np.int32), np.zeros(0, bool))
 FAST, CONTEXT, ALL = "fast", "context", "all"  # what can be forgotten, beside the names of levels
-
-
-class Snapshot(NamedTuple):
-    """Where a session stands."""
-
-    state: StreamState  # after whole chunks
-    held: Held
-    seen: np.ndarray  # [V] bool, tokens that may be generated
-    read: int  # tokens in whole chunks
-    context: int  # of them, those since the context began
 
 
 class Session:
@@ -95,23 +83,21 @@ class Session:
         self.gate, self.max_moved = gate or always(), max_moved
         self.file: tuple[Path, str] | None = None  # where it was read from or last saved to, and that file's digest
         self.vocabulary = vocabulary or load_vocabulary(BYTES)
-        self._stream = build_stream(self.model, self.gate, max_moved, measure_after)
-        self._state = self.fresh_state()
-        self._held = NOTHING
-        self._read = 0  # tokens in whole chunks
-        self._context = 0  # of them, those since the context began
-        if self._room(0) < self.chunk_size:
+        self.stream = build_stream(self.model, self.gate, max_moved, measure_after)
+        self.pace = Pace(self.stream.size, self.stream.chunks, model.max_length if model.architecture.cache else None)
+        if self.pace.room(0) < self.chunk_size:
             raise UserError(
                 f"the attention cache holds max_length={model.max_length} tokens, fewer than a chunk of "
-                f"{self._stream.size}; raise max_length or shorten the chunks"
+                f"{self.chunk_size}; raise max_length or shorten the chunks"
             )
+        seen_V = np.isin(np.arange(model.vocab_size), seen) if seen is not None else np.ones(model.vocab_size, bool)
+        self._now = Snapshot(self.fresh_state(), Place(NOTHING, seen_V))
         self._ahead: tuple[Any, jax.Array, int] | None = None  # carry and logits after so many of the held tokens
-        self._seen = np.isin(np.arange(model.vocab_size), seen) if seen is not None else np.ones(model.vocab_size, bool)
 
     @property
     def tokens(self) -> int:
         """Length of the stream so far."""
-        return self._read + len(self._held.tokens)
+        return self._now.place.tokens
 
     def observe(self, text: Text, *, update_allowed: bool = True) -> Report:
         """Reads what comes next in the stream, and learns from it.
@@ -127,11 +113,11 @@ class Session:
         """
         tokens = self.encode(text)
         reports, new_contexts = [], 0
-        for begin in range(0, len(tokens), self._block):
-            block = tokens[begin : begin + self._block]
+        for begin in range(0, len(tokens), self.pace.block):
+            block = tokens[begin : begin + self.pace.block]
             more, restarts = self._extend(block, np.full(len(block), update_allowed))
             reports, new_contexts = [*reports, *more], new_contexts + restarts
-        return self._report(reports, len(tokens), new_contexts)
+        return self.report(reports, len(tokens), new_contexts)
 
     def score(self, text: Text) -> float:
         """Nats per token of text as what comes next; the session stays as it is, to the bit.
@@ -145,9 +131,9 @@ class Session:
         fork, first = self.fork(), max(self.tokens, 1)
         if self.tokens + len(tokens) <= first:
             raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
-        predicted, losses = fork._read + 1, []  # the place in the stream of the first loss
-        for begin in range(0, len(tokens), self._block):
-            block = tokens[begin : begin + self._block]
+        predicted, losses = fork._now.place.read + 1, []  # the place in the stream of the first loss
+        for begin in range(0, len(tokens), self.pace.block):
+            block = tokens[begin : begin + self.pace.block]
             losses += [one.losses.ravel() for one in fork._extend(block, np.zeros(len(block), bool))[0]]
         losses.append(fork._held_losses())
         return float(np.concatenate(losses)[first - predicted :].mean())
@@ -185,7 +171,7 @@ class Session:
         """
         check_options(max_tokens, temperature, top_k, seed)
         session = self if learn else self.fork()
-        tokens = self._prompt(prompt)
+        tokens = self.prompt_tokens(prompt, self._now.place)
         session._extend(tokens, np.full(len(tokens), learn))
         values = session._tokens_of_answer(max_tokens, temperature, top_k, seed, learn and learn_on_generated)
         return Answer(self.vocabulary, until, tokens.tolist()).pieces(values)
@@ -193,10 +179,10 @@ class Session:
     def _tokens_of_answer(
         self, max_tokens: int, temperature: float, top_k: int, seed: int, teaches: bool
     ) -> Iterator[int]:
-        choose = functools.partial(_choice(temperature == 0, min(top_k, self.model.vocab_size)), temperature)
-        root = jax.random.key(seed)
+        choose, seed_1 = choices(temperature == 0, min(top_k, self.model.vocab_size)), np.array([seed])
         for i in range(max_tokens):
-            token = int(choose(self._look(), jax.random.fold_in(root, i), self._seen))
+            seen_1V = self._now.place.seen[None]
+            token = int(choose(temperature, self._look()[None], seed_1, np.int32(i), seen_1V)[0])
             if token == self.vocabulary.end:
                 return
             self._extend(np.array([token], np.int32), np.array([teaches]))
@@ -220,19 +206,19 @@ class Session:
             chosen = range(len(self.clocks)) if level == ALL else ()
         else:
             chosen = (self.level_index(level),)
-        state = self._state
+        state, place = self._now
         for i in chosen:
-            state = self._stream.forget(self.params, state, ONE, i)
+            state = self.stream.forget(self.params, state, ONE, i)
         if level in (CONTEXT, ALL):
-            state, self._context, self._held = self._stream.new_context(self.params, state, ONE), 0, NOTHING
+            state, place = self.stream.new_context(self.params, state, ONE), place._replace(context=0, held=NOTHING)
         if level == ALL:
             state = state._replace(gate=self.fresh_state().gate)
-        self._state, self._ahead = state, None
+        self._now, self._ahead = Snapshot(state, place), None
 
     def snapshot(self) -> Snapshot:
         """Where the session stands; nothing is copied, and nothing of it ever changes."""
         self._extend(*NOTHING)  # whole chunks that an interrupt left
-        return Snapshot(self._state, self._held, self._seen, self._read, self._context)
+        return self._now
 
     def resume(self, snapshot: Snapshot) -> None:
         """Goes on from where a session of the same model and options stood; what this one read is gone.
@@ -240,22 +226,12 @@ class Session:
         Raises:
           ValueError: its parts contradict each other.
         """
-        held = snapshot.held
-        if held.tokens.shape != held.teaches.shape or len(held.tokens) > self.chunk_size:
-            raise ValueError(f"{len(held.tokens)} tokens are held, with {len(held.teaches)} flags")
-        if ((held.tokens < 0) | (held.tokens >= self.model.vocab_size)).any():
-            raise ValueError(f"held tokens are not all in 0 to {self.model.vocab_size - 1}")
-        counts = snapshot.read, snapshot.context
-        if snapshot.context > snapshot.read or any(count % self.chunk_size for count in counts):
-            raise ValueError(f"{counts[0]} tokens read, {counts[1]} in the context, in chunks of {self.chunk_size}")
-        if self._room(snapshot.context) < self.chunk_size:
-            raise ValueError(f"a context of {snapshot.context} tokens leaves no room in {self.model.max_length}")
-        self._state, self._held, self._seen, self._read, self._context = snapshot
-        self._ahead = None
+        self.pace.check(snapshot.place)
+        self._now, self._ahead = snapshot, None
 
     def fresh_state(self) -> StreamState:
         """The state of a stream that has read nothing."""
-        return self._stream.init(self.params, 1)
+        return self.stream.init(self.params, 1)
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> None:
         """Writes the session to one file, from which `hope_jax.online.open` goes on to the bit.
@@ -287,15 +263,14 @@ class Session:
 
     def weights(self) -> tuple[Any, ...]:
         """What each level holds, fastest first: the matrices that read, [layers, ...]."""
-        return jax.tree.map(lambda leaf: leaf[0], self._stream.weights(self._state.nest.levels))
+        return jax.tree.map(lambda leaf: leaf[0], self.stream.weights(self._now.state.nest.levels))
 
     def of_params(self, params: Any) -> "Session":
         """A session that has read nothing, of other parameters of the same model, with the same options."""
         made = copy.copy(self)
         made.__dict__.pop("base", None)
         made.params, made.file, made.run, made._ahead = params, None, "", None
-        made._state = made.fresh_state()
-        made._held, made._read, made._context = NOTHING, 0, 0
+        made._now = Snapshot(made.fresh_state(), Place(NOTHING, self._now.place.seen))
         return made
 
     def diff(self, other: "Session") -> dict[str, float]:
@@ -306,16 +281,34 @@ class Session:
         """
         if self.model != other.model or (self.params is not other.params and self.base != other.base):
             raise UserError("these are sessions of two different models; there is nothing to compare")
-        start = self._stream.weights(self.fresh_state().nest.levels)
+        start = self.stream.weights(self.fresh_state().nest.levels)
         apart = jax.tree.map(jnp.subtract, self.weights(), other.weights())
         return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
 
     def digest(self) -> str:
         """Sixty-four hexadecimal digits that are equal where state and held tokens are, to the bit."""
-        total = hashlib.sha256()
-        for leaf in jax.tree.leaves((self._state, self._held, self._read, self._context)):
+        total, (state, place) = hashlib.sha256(), self._now
+        for leaf in jax.tree.leaves((state, place.held, place.read, place.context)):
             total.update(np.asarray(leaf).tobytes())
         return total.hexdigest()
+
+    def report(self, chunks: Sequence[ChunkReport], tokens: int, new_contexts: int) -> Report:
+        """One report of several calls in a row, the last of which left the session as it is.
+
+        Args:
+          chunks: of each call.
+          tokens: of all of them.
+          new_contexts: how often the context began again.
+        """
+        state, place = self._now
+        return summarize(
+            join(chunks, self.chunk_size, len(self.clocks)),
+            tokens=tokens,
+            held=len(place.held.tokens),
+            written=int(state.nest.phase[0]) * self.chunk_size,
+            clocks=self.clocks,
+            new_contexts=new_contexts,
+        )
 
     @functools.cached_property
     def base(self) -> str:
@@ -325,129 +318,64 @@ class Session:
     @property
     def chunk_size(self) -> int:
         """Tokens that are read together: those of the fastest level's chunk."""
-        return self._stream.size
+        return self.pace.size
 
     @property
     def clocks(self) -> tuple[int, ...]:
         """Chunk sizes in tokens of the levels that learn, fastest first."""
         return self.model.fast_chunks if self.model.adapts else ()
 
-    @property
-    def _block(self) -> int:
-        return self._stream.chunks * self._stream.size
-
     def encode(self, text: Text) -> np.ndarray:
         """The tokens of a text.
 
         Raises:
-          UserError: tokens that the model does not have.
+          UserError: tokens that the model does not have, or text that its tokenizer cannot read.
         """
-        if isinstance(text, bytes):
-            text = np.frombuffer(text, np.uint8) if self.vocabulary.name == BYTES else text.decode("utf-8", "replace")
-        if isinstance(text, str):
-            try:
-                text = self.vocabulary.encode([text])[0]
-            except TypeError as error:  # a tokenizer takes no lone surrogates
-                raise UserError(
-                    f"the text {text!r:.80} is not UTF-8; this model reads text through a tokenizer"
-                ) from error
-        tokens = np.asarray(text)
-        if not tokens.size:
-            return tokens.astype(np.int32).reshape(-1)
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise UserError(f"tokens are a sequence of integers; got {tokens.dtype} of shape {list(tokens.shape)}")
-        if tokens.min() < 0 or tokens.max() >= self.model.vocab_size:
-            raise UserError(f"tokens are 0 to {self.model.vocab_size - 1}; got {tokens.min()} to {tokens.max()}")
-        return tokens
+        return tokens_of(text, self.vocabulary, self.model.vocab_size)
 
-    def _prompt(self, prompt: str) -> np.ndarray:
-        """Its tokens; a line end where a stream would begin with nothing."""
+    def prompt_tokens(self, prompt: str, place: Place) -> np.ndarray:
+        """Its tokens as what comes next at a place; a line end where a stream would begin with nothing."""
         tokens = self.encode(prompt)
-        return tokens if len(tokens) or self.tokens else self.encode("\n")
+        return tokens if len(tokens) or place.tokens else self.encode("\n")
 
     def _extend(self, tokens: np.ndarray, teaches: np.ndarray) -> tuple[list[ChunkReport], int]:
         """Appends to the stream; chunks that are complete are read and written."""
-        held, reports, new_contexts = self._with(tokens, teaches), [], 0
-        while count := self._whole(held):
-            pieces = cut(held, count, self.chunk_size, self._stream.chunks)
-            state, report = self._stream.advance(self.params, self._state, pieces)
+        state, place = self._now
+        place, reports, new_contexts = place.append(tokens, teaches), [], 0
+        while count := self.pace.whole(place):
+            pieces = cut(place.held, count, self.pace.size, self.pace.chunks)
+            state, report = self.stream.advance(self.params, state, pieces)
             reports.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[0, :count], report))
-            held, read, context = self._after(held, count)
-            if not context:
-                state, new_contexts = self._stream.new_context(self.params, state, ONE), new_contexts + 1
+            place = self.pace.after(place, count)
+            if not place.context:
+                state, new_contexts = self.stream.new_context(self.params, state, ONE), new_contexts + 1
             # Together: an interrupt between two calls leaves a session that goes on.
-            self._state, self._held, self._read, self._context = state, held, read, context
-            self._ahead = None
-        self._held = held
+            self._now, self._ahead = Snapshot(state, place), None
+        self._now = Snapshot(state, place)
         return reports, new_contexts
-
-    def _with(self, tokens: np.ndarray, teaches: np.ndarray) -> Held:
-        """What is held and these tokens, which may be generated from now on."""
-        if not self._seen[tokens].all():
-            self._seen = self._seen | np.isin(np.arange(self.model.vocab_size), tokens)
-        return Held(
-            np.concatenate([self._held.tokens, tokens.astype(np.int32)]),
-            np.concatenate([self._held.teaches, teaches]),
-        )
-
-    def _whole(self, held: Held) -> int:
-        """Chunks for the next call: those that are whole, as far as call and context have room."""
-        size = self.chunk_size
-        return min(max(0, len(held.tokens) - 1) // size, self._stream.chunks, self._room(self._context) // size)
-
-    def _after(self, held: Held, count: int) -> tuple[Held, int, int]:
-        """What is held, read and in the context after so many chunks; 0 in the context: it is full and begins again."""
-        done = count * self.chunk_size
-        context = self._context + done
-        context = context if self._room(context) >= self.chunk_size else 0
-        return Held(*(leaf[done:] for leaf in held)), self._read + done, context
-
-    def _room(self, context: int) -> int:
-        """Tokens for which a context of this length still has room."""
-        return self.model.max_length - context if self.model.architecture.cache else self._block
 
     def _look(self) -> jax.Array:
         """Logits [V] of what comes next."""
-        carry, logits_V, count = self._ahead or (self._state.nest.carry, jnp.zeros(self.model.vocab_size), 0)
-        for token in self._held.tokens[count:]:
+        state, place = self._now
+        carry, logits_V, count = self._ahead or (state.nest.carry, jnp.zeros(self.model.vocab_size), 0)
+        for token in place.held.tokens[count:]:
             carry, logits_V = self._step(carry, token)
-        self._ahead = carry, logits_V, len(self._held.tokens)
+        self._ahead = carry, logits_V, len(place.held.tokens)
         return logits_V
 
     def _step(self, carry: Any, token: int) -> tuple[Any, jax.Array]:
         """Context and logits [V] after one more token."""
         token_B = np.array([token], np.int32)
-        carry, logits_BV = self._stream.step(self.params, self._state.nest.levels, carry, token_B)
+        carry, logits_BV = self.stream.step(self.params, self._now.state.nest.levels, carry, token_B)
         return carry, logits_BV[0]
 
     def _held_losses(self) -> np.ndarray:
         """Nats of each held token but the first."""
-        carry, losses = self._state.nest.carry, []
-        for token, target in itertools.pairwise(self._held.tokens):
+        carry, losses = self._now.state.nest.carry, []
+        for token, target in itertools.pairwise(self._now.place.held.tokens):
             carry, logits_V = self._step(carry, token)
             losses.append(-jax.nn.log_softmax(logits_V)[target])
         return np.asarray(losses, np.float32)
-
-    def _report(self, reports: list[ChunkReport], tokens: int, new_contexts: int) -> Report:
-        return summarize(
-            join(reports, self.chunk_size, len(self.clocks)),
-            tokens=tokens,
-            held=len(self._held.tokens),
-            written=int(self._state.nest.phase[0]) * self._stream.size,
-            clocks=self.clocks,
-            new_contexts=new_contexts,
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _choice(greedy: bool, top_k: int) -> Callable[..., jax.Array]:
-    """(temperature, logits [V], key, allowed [V]) -> a token."""
-
-    def choose(temperature, logits_V, key, allowed_V):
-        heat = 0.0 if greedy else temperature
-        return choose_token(logits_V, key, allowed_V=allowed_V, temperature=heat, top_k=top_k)
-
-    return jax.jit(choose)
 
 
 def _norm(tree: Any) -> float:

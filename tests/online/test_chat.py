@@ -79,7 +79,7 @@ def test_a_line_ends_once(session, monkeypatch, said, added):
     monkeypatch.setattr(session, "answer", answer)
     converse(session, "a question")
     assert session.tokens == len("a question") + len(said) + added
-    assert session.snapshot().held.tokens[-1] == ord("\n")
+    assert session.snapshot().place.held.tokens[-1] == ord("\n")
 
 
 @pytest.fixture

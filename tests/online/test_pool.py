@@ -10,7 +10,7 @@ import pytest
 
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.online import Owner, Pool, Session, ema, never
-from hope_jax.online.pool import _choices
+from hope_jax.online.answer import choices
 from hope_jax.training.errors import UserError
 
 SLOTS = 4
@@ -134,12 +134,11 @@ def play_session(model, script, user):
 
 def assert_close(session, other):
     """Float32 sums in another order, over a few hundred tokens."""
-    for a, b in zip(*(jax.tree.leaves(one._state) for one in (session, other)), strict=True):
+    (state, place), (other_state, other_place) = session.snapshot(), other.snapshot()
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
-    assert session._held.tokens.tolist() == other._held.tokens.tolist()
-    assert session._held.teaches.tolist() == other._held.teaches.tolist()
-    assert (session._read, session._context) == (other._read, other._context)
-    assert (session._seen == other._seen).all()
+    for a, b in zip(jax.tree.leaves(place), jax.tree.leaves(other_place), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -177,7 +176,7 @@ def test_the_scripts_reach_everything():
 def test_nothing_is_compiled_again(attention):
     play(attention.pool(), random_script(0))
     pool = attention.pool()
-    programs = *pool._programs, pool._stream.new_context, _choices(0.8, 0), _choices(0.8, 5)
+    programs = *pool._programs, pool._stream.new_context, choices(False, 0), choices(False, 5)
     before = [program._cache_size() for program in programs]
     play(attention.pool(), random_script(3))
     assert [program._cache_size() for program in programs] == before
@@ -193,7 +192,7 @@ def test_a_poisoned_neighbour_changes_nothing(attention, value):
             pool.observe({user: f"what {user} says, and again, {i}" for user in pool.users})
             if poisoned:
                 row = pool._rows["bob"]
-                wrong = jax.tree.map(lambda leaf: filled(leaf, value), pool.session("bob")._state)
+                wrong = jax.tree.map(lambda leaf: filled(leaf, value), pool.session("bob").snapshot().state)
                 pool._fill(row.slot, wrong)
             texts[i] = pool.generate(dict.fromkeys(pool.users, "? "), max_tokens=10)
         return [(pool.session(user).digest(), [text[user] for text in texts.values()]) for user in ("ann", "cid")]
@@ -333,5 +332,5 @@ def test_refusals(attention):
 
 
 def test_bytes_of_a_slot(attention):
-    state = attention.session()._state
+    state = attention.session().snapshot().state
     assert attention.pool(3).slot_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -149,7 +149,8 @@ def test_forgetting_a_level(whole, config, params, text):
     waiting.observe(text[:100])
     waiting.forget("all")
     fresh = online.Session(config, params, gate=online.budget(0.25))
-    jax.tree.map(np.testing.assert_array_equal, waiting.snapshot()[:2], fresh.snapshot()[:2])
+    jax.tree.map(np.testing.assert_array_equal, waiting.snapshot().state, fresh.snapshot().state)
+    assert not waiting.snapshot().place.held.tokens.size
     with pytest.raises(UserError, match="nothing is called 'slow' in this session; it has fast, level_0, level_1"):
         session.forget("slow")
 
@@ -203,7 +204,7 @@ def test_text_that_may_not_teach_does_not_spend_the_budget(config, params, text)
 def test_an_interrupt_loses_nothing(config, params, text, monkeypatch, tmp_path):
     """Ctrl-C in the second of several programs of one call: what was not read yet is read when it is saved."""
     session, calls = online.Session(config, params), []
-    stream = session._stream
+    stream = session.stream
 
     def advance(*arguments):
         calls.append(1)
@@ -211,7 +212,7 @@ def test_an_interrupt_loses_nothing(config, params, text, monkeypatch, tmp_path)
             raise KeyboardInterrupt
         return stream.advance(*arguments)
 
-    monkeypatch.setattr(session, "_stream", stream._replace(advance=advance))
+    monkeypatch.setattr(session, "stream", stream._replace(advance=advance))
     with pytest.raises(KeyboardInterrupt):
         session.observe(text)
     session.save(tmp_path / "a")
