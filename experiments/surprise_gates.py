@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,8 @@ from rich.table import Table
 
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
-from experiments.text import corpus
+from experiments.sessions import session_maker, text_of
 from hope_jax import online
-from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.errors import UserError
 
 ORACLE, RANDOM = "oracle", "random"
@@ -78,18 +76,6 @@ class Reading(NamedTuple):
     written: float  # share of all chunks
 
 
-def session_maker(options: GateOptions) -> Callable[[online.Gate], online.Session]:
-    """Fresh sessions with a gate."""
-    if options.run is not None:
-        base = online.from_run(options.run, options.overrides, measure_after=False)
-    elif options.tiny:
-        config = ModelConfig(name="hope_attention", dim=16, layers=1, cms_hidden=(32, 32), cms_chunks=(16, 64))
-        base = online.Session(config, build_lm(config).init(jax.random.key(0)))
-    else:
-        raise UserError("sessions need a trained run: make train, then --run runs/tiny")
-    return lambda gate: online.Session(base.model, base.params, gate=gate, measure_after=False)
-
-
 def read(session: online.Session, text: np.ndarray) -> Reading:
     """The whole text in one call."""
     return _reading(session.observe(text).chunks)
@@ -127,15 +113,9 @@ def _reading(chunks: online.ChunkReport) -> Reading:
     return Reading(float(chunks.losses[half:].mean()), float(chunks.wrote.mean()))
 
 
-def text_of(data: str) -> np.ndarray:
-    """What is read: of the embedded text, on which runs are trained, the held-out part."""
-    found = corpus(data)
-    return found.validation if data == "embedded" else found.train
-
-
 def compare(options: GateOptions) -> dict[str, list[Reading]]:
     """Readings of every gate, one per text."""
-    make, found = session_maker(options), {}
+    make, found = session_maker(options.run, options.overrides, options.tiny), {}
     texts = [text_of(data)[: options.tokens] for data in options.data]
     for text in track(texts, "reading", transient=True):
         readings = {name: read(make(online.parse_gate(name)), text) for name in GATES}

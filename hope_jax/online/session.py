@@ -122,16 +122,16 @@ class Session:
     def score(self, text: Text) -> float:
         """Nats per token of text as what comes next; the session stays as it is, to the bit.
 
-        The first token of a stream has nothing before it and does not count.
+        The first token of a stream, or of a new context, has nothing before it and does not count.
 
         Raises:
           UserError: as `observe`, and text without a token to predict.
         """
         tokens = self.encode(text)
-        fork, first = self.fork(), max(self.tokens, 1)
+        fork, first = self.fork(), max(self.tokens, self._now.place.read + 1)
         if self.tokens + len(tokens) <= first:
             raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
-        predicted, losses = fork._now.place.read + 1, []  # the place in the stream of the first loss
+        predicted, losses = self._now.place.read + 1, []  # the place in the stream of the first loss
         for begin in range(0, len(tokens), self.pace.block):
             block = tokens[begin : begin + self.pace.block]
             losses += [one.losses.ravel() for one in fork._extend(block, np.zeros(len(block), bool))[0]]

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import surprise_gates
+from experiments.sessions import session_maker, text_of
 from experiments.surprise_gates import Reading, gains
 from experiments.text import corpus
 from hope_jax import online
@@ -17,7 +18,7 @@ from hope_jax.training.errors import UserError
 
 @pytest.fixture(scope="module")
 def make():
-    return surprise_gates.session_maker(surprise_gates.TINY)
+    return session_maker(None, (), tiny=True)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_where_writing_does_not_help_there_is_no_gain():
 
 
 def test_the_embedded_text_that_is_read_is_held_out():
-    np.testing.assert_array_equal(surprise_gates.text_of("embedded"), corpus("embedded").validation)
+    np.testing.assert_array_equal(text_of("embedded"), corpus("embedded").validation)
 
 
 @pytest.mark.slow
@@ -73,4 +74,4 @@ def test_tiny(tmp_path):
 
 def test_a_run_is_needed():
     with pytest.raises(UserError, match="make train"):
-        surprise_gates.session_maker(surprise_gates.GateOptions())
+        session_maker(None, (), tiny=False)

@@ -26,6 +26,7 @@ NO_RECORDS = {
     "continual_momentum",
     "session_cost",
     "surprise_gates",
+    "consolidation",
     "two_timescales",
     "low_pass",
     "progressive_stacking",

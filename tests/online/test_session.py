@@ -66,6 +66,16 @@ def test_the_weights_are_those_of_the_model_that_reads_the_whole_stream(config, 
     assert online.Session(config, params).score(text[:9]) == pytest.approx(-float(log_p[:8].mean()), rel=1e-5)
 
 
+def test_a_forgotten_context_counts_for_nothing(config, params, text):
+    """A stream that taught nothing and dropped its context scores as one that has read nothing, to the bit."""
+    read, fresh = online.Session(config, params), online.Session(config, params)
+    read.observe(text[:45], update_allowed=False)
+    read.forget("context")
+    assert read.score(text[100:180]) == fresh.score(text[100:180])
+    with pytest.raises(UserError, match="nothing to score: 1 tokens"):
+        read.score(text[:1])
+
+
 def test_a_report_says_what_was_read_and_moved(whole, text):
     session, report = whole
     assert (report.tokens, report.held, len(report.chunks.before)) == (len(text), 6, 53)

@@ -1,0 +1,51 @@
+"""Sleep, measured: each state of a session is what its name says."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import consolidation
+from experiments.consolidation import SleepOptions, bits
+from experiments.sessions import session_maker
+from hope_jax import online
+from hope_jax.training.errors import UserError
+
+TEXT = np.frombuffer(b"the same words again and again; " * 8, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def session():
+    return session_maker(None, (), tiny=True)(online.always())
+
+
+def test_states(session):
+    found = consolidation.states(session, TEXT, consolidation.TINY)
+    assert list(found) == ["before", "awake", "emptied", "rested 256"] and session.tokens == 0
+    apart = {name: one.diff(session) for name, one in found.items()}
+    assert min(apart["awake"].values()) > 0 == max(apart["before"].values())
+    assert apart["emptied"]["level_0"] == apart["rested 256"]["level_0"] == 0
+    assert found["emptied"].diff(found["awake"])["level_1"] == 0 < found["rested 256"].diff(found["awake"])["level_1"]
+
+
+def test_the_context_does_not_count(session):
+    read = session.fork()
+    read.observe(TEXT, update_allowed=False)
+    assert bits(read, TEXT) == bits(session, TEXT) == pytest.approx(session.score(TEXT) / math.log(2))
+    assert read.score(TEXT) != session.score(TEXT)
+
+
+@pytest.mark.parametrize("buffers", [(), (1,), (9000,)])
+def test_a_buffer_holds_what_was_read(buffers):
+    with pytest.raises(UserError, match=f"2 to tokens=8192 bytes of what was read; got \\{list(buffers)!s:.1}"):
+        SleepOptions(buffers=buffers)
+
+
+@pytest.mark.slow
+def test_tiny(tmp_path):
+    options = dataclasses.replace(consolidation.TINY, out=tmp_path, results=tmp_path / "numbers.json")
+    found, picture = consolidation.run(options, Console(quiet=True))
+    assert picture.stat().st_size > 0 and found == json.loads(options.results.read_text())
