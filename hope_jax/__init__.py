@@ -71,7 +71,7 @@ from hope_jax.momentum import (
 )
 from hope_jax.nesting import nest
 from hope_jax.newton_schulz import newton_schulz
-from hope_jax.objectives import dot_product, huber, huber_norm, l2_regression, lp_regression
+from hope_jax.objectives import clipped_dot_product, dot_product, huber, huber_norm, l2_regression, lp_regression
 from hope_jax.oja import oja
 from hope_jax.omega import atlas, omega
 from hope_jax.optimizers import carry_momentum, cms_schedule, every, reset_momentum, steps_until_due
@@ -124,6 +124,7 @@ __all__ = [
     "add_delta_decay",
     "atlas",
     "carry_momentum",
+    "clipped_dot_product",
     "closed_loop",
     "cms",
     "cms_chain",

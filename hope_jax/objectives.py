@@ -15,6 +15,33 @@ dot_product = Objective(
 )
 """loss -<y, v>, delta -v: Hebbian writes, linear attention (paper (15), (64))."""
 
+
+def clipped_dot_product(c: float = 1.0) -> Objective:
+    """The dot product with values no longer than c, delta -v min(1, c / ||v||).
+
+    Args:
+        c: norm to which longer values are shortened, above 0.
+
+    Raises:
+        ValueError: c not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> clipped_dot_product(1.0).delta(jnp.zeros(2), jnp.array([3.0, 4.0])).round(3).tolist()
+        [-0.6000000238418579, -0.800000011920929]
+
+    Reference: spec 2.2, S7.4.
+    """
+    if c <= 0:
+        raise ValueError(f"clipped_dot_product needs c > 0; got {c}")
+
+    def short(v: jax.Array) -> jax.Array:
+        square = jnp.sum(v * v, axis=-1, keepdims=True)
+        return v * (c / jnp.sqrt(jnp.maximum(square, c * c)))
+
+    return Objective(lambda y, v: dot_product.loss(y, short(v)), lambda y, v: dot_product.delta(y, short(v)))
+
+
 l2_regression = Objective(
     loss=lambda y, v: 0.5 * jnp.sum((y - v) ** 2, axis=-1),
     delta=lambda y, v: y - v,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hope_jax.levels import level
 from hope_jax.memories import linear_memory, mlp_memory
 from hope_jax.nesting import nest
-from hope_jax.objectives import huber_norm, l2_regression
+from hope_jax.objectives import clipped_dot_product, dot_product, huber_norm, l2_regression
 from hope_jax.placement import by_head
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
 from hope_jax.transforms import dgd
@@ -36,6 +36,7 @@ class SelfModifyingConfig:
     memory_hidden: int = 32  # F
     chunk_proj: int = 16  # tokens per write of k, v, eta, alpha, q
     chunk_mem: int = 16  # tokens per write of mem
+    objective: Literal["l2", "dot_product"] = "l2"  # of every box; (93) or (92)
     stage: int = 3  # 1: only mem is written; 2: all boxes regress v; 3: each its own value
     read: Literal["start", "before"] = "start"  # "start" of the chunk (94), or running "before" the token's write
     adaptive_q: bool = False  # q from a memory instead of a static projection
@@ -46,7 +47,7 @@ class SelfModifyingConfig:
     exact: bool = True  # eta' = eta / (1 + eta ||k||^2)
     mlp_rule: str = "input"  # "input" (S7.6) or "layerwise" (S7.7)
     conv_window: int = 4  # 0: no convolution
-    error_clip: float | None = None  # c: boxes regress with huber_norm(c) in the place of L2
+    error_clip: float | None = None  # c: longer errors of a box are cut to this length, as by huber_norm(c)
     value_norm: bool = False  # True: v is l2-normalised like k, which bounds what a box can ask of itself
     eta_init: float = 0.02
     alpha_init: float = 0.99
@@ -67,6 +68,7 @@ class SelfModifyingConfig:
             raise ValueError(f"alpha_init is the RETAINED fraction and must lie in (0, 1); got {self.alpha_init}")
         for name, allowed in (
             ("memory", ("mlp", "linear")),
+            ("objective", ("l2", "dot_product")),
             ("stage", (1, 2, 3)),
             ("read", ("start", "before")),
             ("mlp_rule", ("input", "layerwise")),
@@ -146,7 +148,10 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
 
 
 def _objective(config: SelfModifyingConfig) -> Objective:
-    return l2_regression if config.error_clip is None else huber_norm(config.error_clip)
+    plain, clipped = {"l2": (l2_regression, huber_norm), "dot_product": (dot_product, clipped_dot_product)}[
+        config.objective
+    ]
+    return plain if config.error_clip is None else clipped(config.error_clip)
 
 
 def _box(config: SelfModifyingConfig) -> Memory:

@@ -216,8 +216,8 @@ def self_modifying_loop(config, params, r, mask=None):
                 if not keep:
                     continue
                 value = mlp_read(start[b], v) if config.stage == 3 else v
-                e = mlp_read(start[b], k) - value
-                if config.error_clip is not None:  # Huber of the norm
+                e = mlp_read(start[b], k) - value if config.objective == "l2" else -value
+                if config.error_clip is not None:
                     e = e * min(1.0, config.error_clip / np.linalg.norm(e))
                 for n, (key, delta) in mlp_factors(start[b], k, e).items():
                     own = key if config.mlp_rule == "layerwise" or config.memory == "linear" else k

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax import dot_product, huber, huber_norm, l2_regression, lp_regression
+from hope_jax import clipped_dot_product, dot_product, huber, huber_norm, l2_regression, lp_regression
 from tests.oracles import TIGHT, assert_close
 
 
@@ -23,6 +23,7 @@ CASES = {
     "lp2.5": (lp_regression(2.5), lambda r, v: np.sign(r) * np.abs(r) ** 1.5, TIGHT),
     "lp3": (lp_regression(3.0), lambda r, v: np.sign(r) * np.abs(r) ** 2, TIGHT),
     "huber": (huber(0.7), lambda r, v: np.clip(r, -0.7, 0.7), TIGHT),
+    "clipped_dot_product": (clipped_dot_product(1.5), lambda r, v: -_clip_norm(v, 1.5), TIGHT),
     "huber_norm": (huber_norm(1.5), lambda r, v: _clip_norm(r, 1.5), TIGHT),
 }
 

@@ -78,6 +78,8 @@ SWITCHES = {
     "two heads, wide convolution, adaptive q": {"dim": 4, "heads": 2, "conv_window": 6, "adaptive_q": True},
     "clipped errors": {"error_clip": 0.5},
     "values of unit norm": {"value_norm": True},
+    "dot product": {"objective": "dot_product", "value_norm": True},
+    "dot product of matrix memories, clipped": {"memory": "linear", "objective": "dot_product", "error_clip": 0.1},
     "matrix memories, running read, stage 2": {"memory": "linear", "read": "before", "stage": 2},
 }
 

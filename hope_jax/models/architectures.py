@@ -185,6 +185,7 @@ def _self_modifying(c: ModelConfig) -> SequenceLayer:
             heads=c.heads,
             memory=c.memory,
             memory_hidden=c.memory_hidden,
+            objective=c.objective,
             chunk_proj=c.chunk_proj,
             chunk_mem=c.chunk_mem,
             read=c.read,

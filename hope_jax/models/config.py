@@ -32,6 +32,8 @@ class ModelConfig:
       chunk_mem: tokens per write of the main memory, of every architecture with a memory that is read or whose errors
         are taken at the chunk's start.
       read: "start" reads the weights of the chunk start, "before" the running ones (spec 7.3).
+      objective: of self-modifying Titans' boxes: "l2" (93), or "dot_product" (92), which with `dgd_decay` is a gated
+        delta rule and without it adds up what it is told.
       momentum: decay of the write momentum, "gate" for one made from the token, None for no momentum.
       retention: writes forget by a gate alpha (False: alpha = 1).
       dgd_decay: writes erase along their own key (delta gradient descent; False: plain descent).
@@ -45,7 +47,7 @@ class ModelConfig:
       conv_window: causal convolution after q, k, v; 0 = none.
       value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
         themselves, can feed on their own growth until they overflow (experiments/LOG.md).
-      error_clip: norm beyond which a box's error counts linearly (Huber in the place of L2); None = never.
+      error_clip: norm to which longer errors of a box are cut (with "l2" that is Huber's loss); None = never.
       eta_init: inner step size at the start of training.
       out_gate: gate the self-modifying output by silu(r @ w_gate).
       cms_hidden: hidden width of each CMS level, fast first.
@@ -87,6 +89,7 @@ class ModelConfig:
     chunk_proj: int = 4
     chunk_mem: int = 4
     read: Literal["start", "before"] = "start"
+    objective: Literal["l2", "dot_product"] = "l2"
     momentum: float | Literal["gate"] | None = 0.9
     retention: bool = True
     dgd_decay: bool = True
