@@ -17,18 +17,15 @@ from experiments.cells import show, table_cells
 from experiments.class_incremental import (
     TINY,
     IncrementalOptions,
-    Stream,
-    accuracy,
     labels,
-    learn,
     prepare,
     stream_of,
-    summary,
     written_every,
 )
 from experiments.classifiers import Learner, adapting, as_it_is, filled, gradient, network, replay, vote, with_classes
 from experiments.continual_baselines import Anchor, add, discriminant, draw, fisher, nearest_mean, observe, penalty
 from experiments.intents import SOURCES, Examples, Labelled, encode, load, tasks_of, toy
+from experiments.one_pass import Stream, accuracy, learn, summary
 from experiments.options import cells
 from experiments.plots import _matrix, matrices, with_spread
 from experiments.published import TABLES
