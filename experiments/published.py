@@ -232,14 +232,14 @@ TABLES = {
         "levels recover it); here texts are predicted and nothing is translated.",
     ),
     "translation": Table(
-        title="Two languages as sentence pairs, one after the other: chrF of translations into the first right after "
-        "it / into the first in the end / into the second in the end, percent; bits per byte of both in the end / of "
-        "the first forgotten while the second was learned / of the second gained",
+        title="Sentence pairs of two languages, one after the other: chrF into the first right after it / into the "
+        "first in the end / into the second in the end, percent; bits per byte of both in the end / of the first "
+        "forgotten while the second was learned / of the second gained",
         scores=("chrf_first_between", "chrf_first_end", "chrf_second_end", *_LEARNED),
         best=("bits_both",),
-        note=_STREAMS.format("translation") + "The paper's experiment is a plot only (Figure 8: chrF of translations "
-        "from Manchu and Kalamang; in sequence the learner in context falls back to what training gave, more levels "
-        "recover it, and three almost reach what one language alone gives in context), of a pre-trained language model "
-        "that reads a grammar; here translations are from the language at home, by models trained on it alone.",
+        note=_STREAMS.format("translation") + "Of chrF more is better. The paper's experiment is a "
+        "plot only (Figure 8: a pre-trained language model translates from Manchu and Kalamang; in sequence the "
+        "learner in context falls back to what training gave, more levels recover it, and three almost reach what one "
+        "language alone gives in context); here translations are from the language at home into the others.",
     ),
 }

@@ -17,7 +17,16 @@ greedily translated:
 
 In front of each sentence stand `shots` example pairs, for all learners: they say which language is wanted, which
 after both nothing else does, and "none" with them is the learner in context. Its chrF is that of the model trained
-at home, before and after alike; a copy of the home sentence has more than nothing.
+at home, before and after alike.
+
+That pairs are learned at all, on generated languages (seed 0, 600 steps of training are 110 s of processor time on two
+busy cores of an Intel Xeon; then a few minutes per learner):
+
+    python -m experiments.translation --learners none all:64 16,64,256 --length 256 --windows 256 --steps 600
+        --batch-size 8 --rates 0.03 0.1 0.3 1 3
+
+chrF into the first right after its pairs 9.0 (all:64) and 7.4 (16,64,256) percent, in the end 3.0 and 4.4; with what
+was trained at home alone 2.9. The model trained at home has 8 bits or more on both languages there.
 """
 
 import dataclasses
