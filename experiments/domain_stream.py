@@ -25,14 +25,15 @@ cost five times a plain one.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.options import TINY_RESULTS
 from experiments.running import Job, main
 from experiments.sources import source
-from experiments.streams import StreamOptions, curve, cut, held_out, prepare_streams, trade_off
+from experiments.streams import AtRates, StreamOptions, curve, cut, held_out, prepare_streams, trace, trade_off
 from experiments.training import Scores
 from hope_jax.training.errors import UserError
 
@@ -84,10 +85,10 @@ def prepare(cell: DomainOptions) -> Job:
     a, b = map(source, cell.data)
     trained, first = (int(share * a.train.size) for share in (TRAINED, FIRST))
     texts = [cut(streamed, cell) for streamed in (a.train[trained:first], b.train, a.train[first:])]
-    tests = [held_out(name, cell) for name in cell.data]
+    tests = [held_out(corpus, cell) for corpus in (a, b)]
 
-    def score(stream: Callable[..., np.ndarray], rates: Sequence[float]) -> Scores:
-        return scores(stream(texts, tests), rates)
+    def score(learners: AtRates, params: Any) -> Scores:
+        return scores(trace(learners, params, texts, tests), learners.rates)
 
     return prepare_streams(cell, a.train[:trained], score)
 

@@ -20,14 +20,15 @@ for what a curve shows.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.domain_stream import TINY as DOMAIN_TINY
 from experiments.running import Job, main
 from experiments.sources import source
-from experiments.streams import StreamOptions, curve, cut, held_out, prepare_streams, trade_off
+from experiments.streams import AtRates, StreamOptions, curve, cut, held_out, prepare_streams, trace, trade_off
 from experiments.training import Scores
 from hope_jax.training.errors import UserError
 
@@ -64,10 +65,11 @@ def prepare(cell: LanguageStreamOptions) -> Job:
     """What one cell computes."""
     home, first, second = map(source, cell.data)
     texts = [cut(language.train, cell) for language in (first, second)]
-    tests = [held_out(name, cell) for name in cell.data]
+    tests = [held_out(language, cell) for language in (home, first, second)]
 
-    def score(stream: Callable[..., np.ndarray], rates: Sequence[float]) -> Scores:
-        return scores(stream(texts, tests), stream(texts[1:], tests[2:])[:, -1, 0], rates)
+    def score(learners: AtRates, params: Any) -> Scores:
+        alone_R = trace(learners, params, texts[1:], tests[2:])[:, -1, 0]
+        return scores(trace(learners, params, texts, tests), alone_R, learners.rates)
 
     return prepare_streams(cell, home.train, score)
 

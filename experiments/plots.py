@@ -296,7 +296,7 @@ def _matrix(best: Best) -> np.ndarray:
 CURVES = {"class_incremental": {"_spread": with_spread, "_matrix": matrices}}
 CURVES |= {"mqar": {"_state": against_state}, "context_use": {"_curve": against_position}}
 CURVES |= {"matryoshka": {"_width": against_width}}
-CURVES |= {name: {"_curve": against_gain} for name in ("domain_stream", "languages")}
+CURVES |= {name: {"_curve": against_gain} for name in ("domain_stream", "languages", "translation")}
 CURVES |= {name: {"_curve": against_steps} for name in ("optimizer_lm", "optimizer_vision")}
 CURVES |= {"test_time_learning": {"_curve": against_rate}, "chunk_transfer": {"_matrix": matrix}}
 CURVES |= {"levels_and_frequency": {"_curve": against_clock}}

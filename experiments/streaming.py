@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.models import ModelConfig, build_lm
+from hope_jax.models import LM, ModelConfig, build_lm
 
 
 class Reader(NamedTuple):
@@ -55,18 +55,24 @@ def reader(config: ModelConfig, least: int | None = None) -> Reader:
 
     @functools.partial(jax.jit, static_argnums=3)
     def generate(params: Any, state: Any, logits_BV: jax.Array, count: int) -> jax.Array:
-        def step(carry, _):
-            state, token_B = carry
-            state, logits_B1V = lm.apply(params, state, token_B[:, None], phase=None)
-            return (state, logits_B1V[:, 0].argmax(axis=-1).astype(jnp.int32)), token_B
-
-        first_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
-        return jax.lax.scan(step, (state, first_B), length=count)[1].T
+        return greedy(lm, params, state, logits_BV, count)
 
     def answer(params: Any, state: Any, logits_BV: jax.Array, count: int) -> np.ndarray:
         return np.asarray(generate(params, state, logits_BV, count))
 
     return Reader(size, read, answer)
+
+
+def greedy(lm: LM, params: Any, state: Any, logits_BV: jax.Array, count: int) -> jax.Array:
+    """[B, count] tokens, each the likeliest after those before; `logits_BV` are those of the last token read."""
+
+    def step(carry, _):
+        state, token_B = carry
+        state, logits_B1V = lm.apply(params, state, token_B[:, None], phase=None)
+        return (state, logits_B1V[:, 0].argmax(axis=-1).astype(jnp.int32)), token_B
+
+    first_B = logits_BV.argmax(axis=-1).astype(jnp.int32)
+    return jax.lax.scan(step, (state, first_B), length=count)[1].T
 
 
 def split(tokens_BT: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ is a whole curve. A model that diverges, or knows less than nothing of a text, c
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,9 +24,10 @@ from experiments.learners import Moving, learner, moving, nats
 from experiments.options import Options, at_least, fingerprint, model_config
 from experiments.published import FORGOTTEN, GAINED
 from experiments.running import Job
-from experiments.sources import label, source
+from experiments.sources import label
 from experiments.training import Batch, Model, Scores, Trained, cross_entropy, language_model, train
 from hope_jax.models import ModelConfig
+from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import one_line
 
@@ -78,9 +79,11 @@ class StreamOptions(Options):
 class AtRates(NamedTuple):
     """Learners that differ in their learning rate alone; R of them."""
 
+    rates: Sequence[float]  # [R]
     start: Callable[[Any], Any]  # params -> weights [R, ...]
     learn: Callable[[Any, Any, np.ndarray], Any]  # (params, weights, windows [N, T + 1]) -> weights
     measure: Callable[[Any, Any, np.ndarray], np.ndarray]  # (params, weights, held-out windows [M, T + 1]) -> bits [R]
+    at: Callable[[Any, Any, int], Any]  # (params, weights, i) -> the parameters with what the i-th has learned
 
 
 def at_rates(base: ModelConfig, moving: Moving, rates: Sequence[float]) -> AtRates:
@@ -117,7 +120,26 @@ def at_rates(base: ModelConfig, moving: Moving, rates: Sequence[float]) -> AtRat
 
         return jax.lax.map(one, (weights_R, etas_R))
 
-    return AtRates(start, learn, measure)
+    def at(params: Any, weights_R: Any, number: int) -> Any:
+        return moving.put(params, jax.tree.map(lambda leaf_R: leaf_R[number], weights_R))
+
+    return AtRates(rates, start, learn, measure, at)
+
+
+def stages(learners: AtRates, params: Any, texts: Sequence[np.ndarray]) -> Iterator[Any]:
+    """The weights before the first text, windows [N, T + 1], and after each."""
+    weights = learners.start(params)
+    yield weights
+    for streamed in texts:
+        weights = learners.learn(params, weights, streamed)
+        # What was learned could be consolidated here (spec 11.4), weights -> weights.
+        yield weights
+
+
+def measured(learners: AtRates, params: Any, weights: Iterable[Any], tests: Sequence[np.ndarray]) -> np.ndarray:
+    """[R, stages, tests] bits per byte of every held-out text at each of the stages."""
+    found = [[learners.measure(params, stage, shown) for shown in tests] for stage in weights]
+    return np.asarray(found).transpose(2, 0, 1)
 
 
 def trace(learners: AtRates, params: Any, texts: Sequence[np.ndarray], tests: Sequence[np.ndarray]) -> np.ndarray:
@@ -129,12 +151,7 @@ def trace(learners: AtRates, params: Any, texts: Sequence[np.ndarray], tests: Se
       texts: windows [N, T + 1] each, streamed in this order.
       tests: held-out windows [M, T + 1] each.
     """
-    weights = learners.start(params)
-    found = [[learners.measure(params, weights, shown) for shown in tests]]
-    for streamed in texts:
-        weights = learners.learn(params, weights, streamed)
-        found.append([learners.measure(params, weights, shown) for shown in tests])
-    return np.asarray(found).transpose(2, 0, 1)
+    return measured(learners, params, stages(learners, params, texts), tests)
 
 
 class TradeOff(NamedTuple):
@@ -199,15 +216,13 @@ def configs(cell: StreamOptions) -> tuple[ModelConfig, ModelConfig]:
         raise UserError(one_line(error)) from error
 
 
-def prepare_streams(
-    cell: StreamOptions, train: np.ndarray, scores: Callable[[Callable[..., np.ndarray], Sequence[float]], Scores]
-) -> Job:
+def prepare_streams(cell: StreamOptions, train: np.ndarray, scores: Callable[[AtRates, Any], Scores]) -> Job:
     """What one cell computes: a model trained on `train`, and its `scores` after streams.
 
     Args:
       cell: one cell.
       train: the text of the training.
-      scores: (stream, rates) -> scores, where `stream(texts, tests)` is `trace` with all else given.
+      scores: (learners, params) -> scores, of the learner at its rates and the trained parameters.
     """
     [seed], [name] = cell.seeds, cell.learners
     who = learner(name)
@@ -216,7 +231,7 @@ def prepare_streams(
     streaming = at_rates(base, moving(config, who), rates)
 
     def evaluate(params: Any) -> Scores:
-        return scores(lambda texts, tests: trace(streaming, params, texts, tests), rates)
+        return scores(streaming, params)
 
     return Job(
         " → ".join(map(label, cell.data)),
@@ -263,13 +278,13 @@ def cut(streamed: np.ndarray, cell: StreamOptions) -> np.ndarray:
     return np.stack([streamed[i : i + cell.length + 1] for i in range(begin, begin + size, cell.length)])
 
 
-def held_out(name: str, cell: StreamOptions) -> np.ndarray:
-    """[test_windows, length + 1] of the held-out part of a source; the same for all seeds.
+def held_out(corpus: Corpus, cell: StreamOptions) -> np.ndarray:
+    """[test_windows, length + 1] of the held-out part of a text; the same for all seeds.
 
     Raises:
       UserError: the part is shorter than a window.
     """
-    size = source(name).validation.size
+    size = corpus.validation.size
     if size <= cell.length:
-        raise UserError(f"{name} has {size} held-out bytes; lower --length {cell.length} or give a longer text")
-    return windows(source(name).validation, cell.test_windows, cell.length)
+        raise UserError(f"{corpus.name} has {size} held-out bytes; lower --length {cell.length} or give a longer text")
+    return windows(corpus.validation, cell.test_windows, cell.length)

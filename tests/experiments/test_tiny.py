@@ -16,7 +16,7 @@ from experiments.training import in_bits
 TINY = {"formal_languages": ("transformer",), "mqar": ("delta_net",), "mad": ("transformer",), "niah": ("transformer",)}
 TINY |= {"babilong": ("delta_net",), "ablation": ("hope",), "context_use": ("transformer",)}
 TINY |= {"matryoshka": ("transformer",)}
-TINY |= {"domain_stream": ("transformer",), "languages": ("transformer",)}
+TINY |= {"domain_stream": ("transformer",), "languages": ("transformer",), "translation": ("transformer",)}
 TINY |= {"optimizer_lm": ("transformer",), "optimizer_vision": ("vit",)}
 TINY |= {"test_time_learning": ("hope_attention",), "chunk_transfer": ("dla",)}
 TINY |= {"levels_and_frequency": ("hope_attention",)}
