@@ -132,7 +132,6 @@ def stages(learners: AtRates, params: Any, texts: Sequence[np.ndarray]) -> Itera
     yield weights
     for streamed in texts:
         weights = learners.learn(params, weights, streamed)
-        # What was learned could be consolidated here (spec 11.4), weights -> weights.
         yield weights
 
 
