@@ -3,16 +3,18 @@
     python -m experiments.consolidation --run runs/tiny --data FILE... [--buffers 256 1024 4096] [--tiny]
 
 A session reads the first `tokens` bytes of every text. Then its context is dropped, so that only levels remember, and
-the bits per byte are measured of what it has read (the first `measured` bytes) and of a text that it has not (held out,
-what the parameters know):
+the bits per byte are measured of what it has read (the first `measured` bytes) and of a text that it has not (the last
+`measured` bytes of a held-out part, what the parameters know):
 
     before     as the parameters were
     awake      after reading
     emptied    the fast level back at its start
     rested N   the fast level consolidated into the next one by replaying the last N bytes of what was read (spec 11.4)
 
-Sleep is worth its name if "rested" lies below "emptied" on what was read and not above "before" on what was not. Mean
-and standard deviation over the texts. The picture is plots/consolidation.png, the numbers results/consolidation.json.
+Errors that wait for a slow level's clock when the reading ends are written while the first chunk is measured, the same
+in the last three. Sleep is worth its name if "rested" lies below "emptied" on what was read and not above "awake" on
+what was not. Mean and standard deviation over the texts. The picture is plots/consolidation.png, the numbers
+results/consolidation.json.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ class SleepOptions:
     Attributes:
       run: a trained run; none = a small untrained model (with --tiny).
       data: "embedded" (its held-out part) or text files, to be read.
-      other: "embedded" (its held-out part) or a text file that is not read.
+      other: "embedded" or a text file whose held-out part is not read.
       tokens: of each text.
       measured: bytes of a measurement.
       buffers: bytes of replay.
@@ -96,6 +98,19 @@ def states(session: online.Session, text: np.ndarray, options: SleepOptions) -> 
     return {"before": session, "awake": awake, "emptied": emptied, **rested}
 
 
+def text_to_read(data: str, options: SleepOptions) -> np.ndarray:
+    """The first `tokens` bytes, which `other` is no part of.
+
+    Raises:
+      UserError: the text is too short.
+    """
+    text = text_of(data)
+    needed = options.tokens + (options.measured if data == options.other else 0)
+    if len(text) < needed:
+        raise UserError(f"{data} has {len(text)} bytes where {needed} are needed; lower --tokens or give a longer text")
+    return text[: options.tokens]
+
+
 def bits(session: online.Session, text: np.ndarray) -> float:
     """Bits per byte of a text by what levels and parameters know of it, without the context."""
     alone = session.fork()
@@ -106,9 +121,9 @@ def bits(session: online.Session, text: np.ndarray) -> float:
 def compare(options: SleepOptions) -> dict[str, dict[str, list[float]]]:
     """Bits of every state and kind of text, one per text."""
     make, found = session_maker(options.run, options.overrides, options.tiny), {}
-    other = corpus(options.other).validation[: options.measured]
+    other = corpus(options.other).validation[-options.measured :]
     for data in track(options.data, "reading", transient=True):
-        text = text_of(data)[: options.tokens]
+        text = text_to_read(data, options)
         for name, session in states(make(online.always()), text, options).items():
             for kind, shown in zip(KINDS, (text[: options.measured], other), strict=True):
                 found.setdefault(name, {}).setdefault(kind, []).append(bits(session, shown))

@@ -7,7 +7,8 @@ A learner is a word, for the grid of an experiment:
                      All else is frozen.
     64,64,64         one level: the same weights, all written at the same clock
     meta:16,64,256   the same after training through the writes (levels whose starts are meta-learned)
-    sleep:16,64,256  the levels, and after each text its fast level is consolidated into the next one (spec 11.4)
+    sleep:16,64,256  the levels, and after each text its fast level is consolidated into the next one (spec 11.4), by
+                     steps that do not depend on the inner learning rate
     all:64           every parameter, by plain gradient descent after each 64 bytes
     none             nothing: the model as it was trained, with its context of one window
 

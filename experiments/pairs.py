@@ -30,6 +30,8 @@ class Parallel(NamedTuple):
 def parallel(data: str, languages: Sentence) -> Parallel:
     """Sentences of a folder in the form of Multi30k, or generated ones.
 
+    A sentence that was there before, in any part, is left out.
+
     Args:
       data: "generated", or a folder with train.X and test*.X (the first by name) or val.X, plain or .gz, for each
         language X: line i of one says what line i of the others says. A line that is empty in any is left out.
@@ -39,22 +41,26 @@ def parallel(data: str, languages: Sentence) -> Parallel:
       UserError: a file is missing, unreadable, empty or not UTF-8, or files have different numbers of lines.
 
     >>> parallel("generated", GENERATED_LANGUAGES).test[0]
-    ('sq sq ooy', 'vyjd vyjd xus', 'orl awy awy')
+    ('ecwa vr ats', 'xr tb cqpx', 'pn yr ys')
     """
     if data == GENERATED:
         if languages != GENERATED_LANGUAGES:
             raise UserError(f"--languages {' '.join(languages)} are ends of files; give their folder with --data")
         return generated(SEED)
     folder = Path(data)
-    return Parallel(aligned(folder, "train", languages), aligned(folder, _held_out(folder, languages[0]), languages))
+    train, test = (aligned(folder, stem, languages) for stem in ("train", _held_out(folder, languages[0])))
+    return Parallel(train, _new(test, train))
 
 
 def generated(seed: int) -> Parallel:
     """Made-up languages: word i of one means word i of the others, and the second has the last word first."""
     rng = np.random.default_rng(seed)
     home, first, second = (_words(rng) for _ in GENERATED_LANGUAGES)
-    said = [rng.integers(WORDS, size=rng.integers(2, 6)) for _ in range(SENTENCES + TESTS)]
-    sentences = [tuple(" ".join(words) for words in (home[i], first[i], second[i][::-1])) for i in said]
+    said: dict[Sentence, None] = {}
+    while len(said) < SENTENCES + TESTS:  # different ones
+        i = rng.integers(WORDS, size=rng.integers(3, 6))
+        said[tuple(" ".join(words) for words in (home[i], first[i], second[i][::-1]))] = None
+    sentences = list(said)
     return Parallel(sentences[:SENTENCES], sentences[SENTENCES:])
 
 
@@ -80,10 +86,20 @@ def aligned(folder: Path, stem: str, languages: Sequence[str]) -> list[Sentence]
                 f"{folder}: {home} has {len(found)} lines and {name} {len(other)}; line i of one must say what line i "
                 "of the other says"
             )
-    sentences = [sentence for sentence in zip(*files.values(), strict=True) if all(sentence)]
+    sentences = _new((sentence for sentence in zip(*files.values(), strict=True) if all(sentence)), ())
     if not sentences:
         raise UserError(f"{folder}: no line of {', '.join(files)} has words in every language; give other files")
     return sentences
+
+
+def _new(sentences: Iterable[Sentence], known: Iterable[Sentence]) -> list[Sentence]:
+    """Those that say at home what none before them said."""
+    said, found = {sentence[0] for sentence in known}, []
+    for sentence in sentences:
+        if sentence[0] not in said:
+            said.add(sentence[0])
+            found.append(sentence)
+    return found
 
 
 def lines(folder: Path, name: str) -> list[str]:

@@ -10,6 +10,7 @@ from experiments.text import corpus
 from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.errors import UserError
+from hope_jax.training.vocabulary import BYTES
 
 
 def session_maker(run: Path | None, overrides: tuple[str, ...], tiny: bool) -> Callable[[online.Gate], online.Session]:
@@ -21,10 +22,14 @@ def session_maker(run: Path | None, overrides: tuple[str, ...], tiny: bool) -> C
       tiny: a small untrained model where there is no run.
 
     Raises:
-      UserError: neither.
+      UserError: neither, or a run of another vocabulary than bytes.
     """
     if run is not None:
         base = online.from_run(run, overrides, measure_after=False)
+        if base.vocabulary.name != BYTES:
+            raise UserError(
+                f"{run} reads text as {base.vocabulary.name}, and these sessions read bytes; train on bytes"
+            )
     elif tiny:
         config = ModelConfig(name="hope_attention", dim=16, layers=1, cms_hidden=(32, 32), cms_chunks=(16, 64))
         base = online.Session(config, build_lm(config).init(jax.random.key(0)))

@@ -19,14 +19,8 @@ In front of each sentence stand `shots` example pairs, for all learners: they sa
 after both nothing else does, and "none" with them is the learner in context. Its chrF is that of the model trained
 at home, before and after alike.
 
-That pairs are learned at all, on generated languages (seed 0, 600 steps of training are 110 s of processor time on two
-busy cores of an Intel Xeon; then a few minutes per learner):
-
-    python -m experiments.translation --learners none all:64 16,64,256 --length 256 --windows 256 --steps 600
-        --batch-size 8 --rates 0.03 0.1 0.3 1 3
-
-chrF into the first right after its pairs 9.0 (all:64) and 7.4 (16,64,256) percent, in the end 3.0 and 4.4; with what
-was trained at home alone 2.9. The model trained at home has 8 bits or more on both languages there.
+Training costs 110 s of processor time at `--length 256 --steps 600 --batch-size 8`, shared by the learners of one call;
+then a few minutes per learner.
 """
 
 import dataclasses
@@ -102,7 +96,10 @@ TINY = TranslationOptions(**{**_same, "data": (GENERATED,), "length": 64}, sente
 
 
 class Questions(NamedTuple):
-    """N sentences to be translated."""
+    """N sentences to be translated.
+
+    Nothing stands on their left, so that the chunks of a memory (of hope) begin elsewhere in each.
+    """
 
     tokens_NT: np.ndarray  # [N, length] int32: example pairs, a sentence and a tab, at the end of the row
     mask_NT: np.ndarray  # [N, length] bool, False where there is nothing

@@ -30,7 +30,7 @@ def clipped_dot_product(c: float = 1.0) -> Objective:
         >>> clipped_dot_product(1.0).delta(jnp.zeros(2), jnp.array([3.0, 4.0])).round(3).tolist()
         [-0.6000000238418579, -0.800000011920929]
 
-    Reference: spec 2.2, S7.4.
+    Reference: the cut of `huber_norm`, on the dot product (92) of spec 7.4.
     """
     if c <= 0:
         raise ValueError(f"clipped_dot_product needs c > 0; got {c}")

@@ -74,7 +74,9 @@ def test_regressions_carry_one_half(x64):
     assert float(huber_norm(1.0).loss(y, v)) == 4.5  # c ||r|| - c^2 / 2
 
 
-@pytest.mark.parametrize("make, bad", [(lp_regression, 0.5), (huber, 0.0), (huber_norm, -1.0)])
+@pytest.mark.parametrize(
+    "make, bad", [(lp_regression, 0.5), (huber, 0.0), (huber_norm, -1.0), (clipped_dot_product, 0.0)]
+)
 def test_refuses_bad_constants(make, bad):
     with pytest.raises(ValueError, match=str(bad)):
         make(bad)

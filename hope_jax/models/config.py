@@ -32,8 +32,8 @@ class ModelConfig:
       chunk_mem: tokens per write of the main memory, of every architecture with a memory that is read or whose errors
         are taken at the chunk's start.
       read: "start" reads the weights of the chunk start, "before" the running ones (spec 7.3).
-      objective: of self-modifying Titans' boxes: "l2" (93), or "dot_product" (92), which with `dgd_decay` is a gated
-        delta rule and without it adds up what it is told.
+      objective: of self-modifying Titans' boxes: "l2" (93), or "dot_product" (92), which makes matrix boxes gated delta
+        rules, and without `dgd_decay` and `retention` sums of what they are told.
       momentum: decay of the write momentum, "gate" for one made from the token, None for no momentum.
       retention: writes forget by a gate alpha (False: alpha = 1).
       dgd_decay: writes erase along their own key (delta gradient descent; False: plain descent).

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _CHOICES = {
     "name": tuple(ARCHITECTURES),
     "memory": ("mlp", "linear"),
+    "objective": ("l2", "dot_product"),
     "read": ("start", "before"),
     "mlp_rule": ("input", "layerwise"),
     "miras": ("moneta", "yaad", "memora"),

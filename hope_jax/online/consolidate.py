@@ -105,8 +105,8 @@ def distil(
     """Trains a level to do with a fresh level before it what both do now (spec 11.4).
 
     Args:
-      config: of a model whose blocks end in a CMS chain.
-      index: of the level that is emptied; the next one is trained.
+      config: of a model whose blocks end in a CMS chain, not a nested one.
+      index: of the level that is emptied, not the last; the next one is trained.
       steps: of Adam, whose learning rate falls to zero along a cosine.
       params: with what all levels have learned: the teacher.
       start: the emptied level's own parameters before it learned, its matrices [L, ...] at least.
@@ -116,6 +116,9 @@ def distil(
 
     Returns:
       The trained matrices [L, ...], and the errors (see `Consolidated`) before and after.
+
+    Raises:
+      ValueError: the blocks do not end in a CMS chain.
     """
     chains, cms = cms_chains(config), params["blocks"]["cms"]
     student, name = {**cms, level_name(index): {**cms[level_name(index)], **start}}, level_name(index + 1)

@@ -32,8 +32,8 @@ class Row(NamedTuple):
     """A user's place in the pool."""
 
     slot: int
-    session: Session  # as which the user came: its options; where it stands now is in the slot and
-    place: Place
+    session: Session  # the options of the one that the user came with
+    place: Place  # where the stream stands, with the arrays in the slot
     ahead: int  # held tokens that `Ahead` has read
     used: int  # the pool's call that last had to do with it
 
@@ -169,7 +169,9 @@ class Pool:
         Raises:
           UserError: the user is not in the pool.
         """
-        row = self._row(user)
+        self._row(user)
+        self._extend({user: NOTHING.tokens}, {user: False})  # whole chunks that an interrupt left
+        row = self._rows[user]
         return self._adopted(row.session, Snapshot(_take(self._state, np.int32(row.slot)), row.place))
 
     def observe(
@@ -255,9 +257,9 @@ class Pool:
         pool._extend(tokens, dict.fromkeys(prompts, learn))
         next_token = functools.partial(choices(temperature == 0, min(top_k, self._fresh.model.vocab_size)), temperature)
         choose_next = functools.partial(pool._choose, seeds, next_token)
-        places = {user: pool._place(user) for user in prompts}  # now, not when the first piece is asked for
+        tenancies = {user: pool._tenancy(user) for user in prompts}  # now, not when the first piece is asked for
         answers = {user: Answer(self._fresh.vocabulary, until, tokens[user].tolist()) for user in prompts}
-        here = functools.partial(self._stays, places)  # who is in this pool, also where a copy answers
+        here = functools.partial(self._stays, tenancies)  # who is in this pool, also where a copy answers
         return pool._answers(answers, here, choose_next, max_tokens, learn and learn_on_generated)
 
     def _answers(
@@ -282,9 +284,9 @@ class Pool:
         for user, answer in answers.items():
             yield user, answer.end()
 
-    def _stays(self, places: Mapping[str, tuple[int, int] | None], user: str) -> bool:
+    def _stays(self, tenancies: Mapping[str, tuple[int, int] | None], user: str) -> bool:
         """Whether a user has not left since."""
-        return self._place(user) == places[user]
+        return self._tenancy(user) == tenancies[user]
 
     def _choose(self, seeds: Mapping[str, int], next_token: Callable, users: list[str], i: int) -> dict[str, int]:
         """The i-th token of each user's answer."""
@@ -389,7 +391,7 @@ class Pool:
             raise UserError(f"{user!r} is not among the {len(self._rows)} users of the pool; admit it first")
         return self._rows[user]
 
-    def _place(self, user: str) -> tuple[int, int] | None:
+    def _tenancy(self, user: str) -> tuple[int, int] | None:
         """Slot and generation of a user who is in the pool."""
         row = self._rows.get(user)
         return row and (row.slot, self._generations[row.slot])

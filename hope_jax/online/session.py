@@ -130,7 +130,9 @@ class Session:
         tokens = self.encode(text)
         fork, first = self.fork(), max(self.tokens, self._now.place.read + 1)
         if self.tokens + len(tokens) <= first:
-            raise UserError(f"nothing to score: {len(tokens)} tokens and no stream before them")
+            raise UserError(
+                f"nothing to score: {len(tokens)} tokens, and none before them in this context; give two or more"
+            )
         predicted, losses = self._now.place.read + 1, []  # the place in the stream of the first loss
         for begin in range(0, len(tokens), self.pace.block):
             block = tokens[begin : begin + self.pace.block]
@@ -300,7 +302,7 @@ class Session:
           tokens: of all of them.
           new_contexts: how often the context began again.
         """
-        state, place = self._now
+        state, place = self.snapshot()
         return summarize(
             join(chunks, self.chunk_size, len(self.clocks)),
             tokens=tokens,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 from experiments import consolidation
 from experiments.consolidation import SleepOptions, bits
 from experiments.sessions import session_maker
+from experiments.text import corpus
 from hope_jax import online
 from hope_jax.training.errors import UserError
 
@@ -40,8 +42,18 @@ def test_the_context_does_not_count(session):
 
 @pytest.mark.parametrize("buffers", [(), (1,), (9000,)])
 def test_a_buffer_holds_what_was_read(buffers):
-    with pytest.raises(UserError, match=f"2 to tokens=8192 bytes of what was read; got \\{list(buffers)!s:.1}"):
+    message = f"2 to tokens=8192 bytes of what was read; got {list(buffers)}"
+    with pytest.raises(UserError, match=re.escape(message)):
         SleepOptions(buffers=buffers)
+
+
+def test_what_is_read_is_not_what_is_not_read():
+    """Of one text: from its two ends, and refused where they meet."""
+    held_out = corpus("embedded").validation
+    options = dataclasses.replace(consolidation.TINY, tokens=len(held_out) - 128)
+    np.testing.assert_array_equal(consolidation.text_to_read("embedded", options), held_out[:-128])
+    with pytest.raises(UserError, match=f"{len(held_out)} bytes where {len(held_out) + 1} are needed"):
+        consolidation.text_to_read("embedded", dataclasses.replace(options, tokens=len(held_out) - 127))
 
 
 @pytest.mark.slow

@@ -93,6 +93,17 @@ def test_generated_sentences_mean_the_same():
         assert len(together) == len({a for a, _ in together}) == len({b for _, b in together}) == 24
 
 
+def test_no_sentence_is_in_two_parts(tmp_path):
+    train, test = parallel("generated", GENERATED_LANGUAGES)
+    home = [sentence[0] for sentence in train + test]
+    assert (len(train), len(test)) == (12_000, 500) and len(set(home)) == len(home)
+    for language in LANGUAGES:
+        (tmp_path / f"train.{language}").write_text("one\ntwo\none\n")
+        (tmp_path / f"val.{language}").write_text("two\nthree\nthree\n")
+    train, test = parallel(str(tmp_path), LANGUAGES)
+    assert ([sentence[0] for sentence in train], [sentence[0] for sentence in test]) == (["one", "two"], ["three"])
+
+
 def test_a_question_ends_with_its_sentence_and_a_tab():
     """Two of the examples in front, nothing before; pairs that are too long are neither asked nor shown."""
     cell = dataclasses.replace(TINY, length=30, shots=2, sentences=2)

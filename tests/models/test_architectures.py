@@ -58,6 +58,26 @@ def test_a_hybrid_needs_whole_rounds_of_its_mixers():
         ModelConfig(name="samba", layers=3)
 
 
+SWITCHES = {"memory": "linear", "objective": "dot_product", "read": "before", "momentum": None, "retention": False}
+SWITCHES |= {"dgd_decay": False, "exact": False, "mlp_rule": "layerwise", "adaptive_q": True, "static": ("k",)}
+SWITCHES |= {"conv_window": 0, "value_norm": False, "error_clip": 0.5, "chunk_proj": 4, "chunk_mem": 4}
+
+
+def test_every_switch_of_hope_reaches_its_boxes():
+    """The traced program is another one."""
+
+    def program(**switch):
+        fields = {"dim": 8, "layers": 1, "memory_hidden": 4, "chunk_proj": 2, "chunk_mem": 2, **switch}
+        lm = build_lm(ModelConfig(name="hope", **fields))
+        params = jax.eval_shape(lm.init, jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        return str(jax.make_jaxpr(lambda p, t: lm.apply(p, lm.init_state(p, 1), t, phase=0)[1])(params, tokens))
+
+    plain = program()
+    assert plain == program(momentum=0.9)
+    assert not [name for name, value in SWITCHES.items() if program(**{name: value}) == plain]
+
+
 @pytest.mark.parametrize(
     "name",
     [

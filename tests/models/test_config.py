@@ -56,6 +56,7 @@ from hope_jax.models import ModelConfig, count_parameters, match_parameters
         ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\); got 'float16'"),
         ({"remat": "all"}, "remat must be one of"),
         ({"read": "after"}, "read must be one of"),
+        ({"objective": "l1"}, r"objective must be one of \('l2', 'dot_product'\); got 'l1'"),
         ({"omega_window": 0}, "omega_window must be a positive integer; got 0"),
         ({"miras": "titan"}, r"miras must be one of \('moneta', 'yaad', 'memora'\); got 'titan'"),
         ({"mlp_hidden": 0}, "mlp_hidden must be a positive integer; got 0"),
