@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments import plots
+from experiments import equal_gain, plots
 from experiments.cells import NONE, Best, columns_of, scores_of, show, table_cells
 from experiments.options import RESULTS
 from experiments.published import TABLES, Table
@@ -72,6 +72,10 @@ def _section(experiment: str, records: Sequence[Record], machines: Sequence[str]
         lines += [f"Published: {table.source}.", ""]
     if table.note:
         lines += [table.note, ""]
+    if equal := equal_gain.rows(cells):
+        head = ["model", "column", *(f"gained {gain:g}" for gain in equal_gain.GAINS)]
+        lines += ["Forgotten where as much was gained, bits per byte, between rates on straight lines:", ""]
+        lines += [*markdown(head, equal), ""]
     lines += [
         f"![{experiment}]({path.relative_to(out)})" for path in plots.draw(experiment, cells, table, out / "plots")
     ]

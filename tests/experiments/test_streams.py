@@ -14,6 +14,8 @@ from experiments import domain_stream, languages, plots, streams
 from experiments.cells import table_cells
 from experiments.learners import learner, moving
 from experiments.published import TABLES
+from experiments.records import write
+from experiments.report import ReportOptions, report
 from experiments.streams import StreamOptions, TradeOff, at_rates, curve, cut, trace, trade_off
 from experiments.training import Trained
 from hope_jax.models import build_lm
@@ -138,6 +140,23 @@ def test_a_text_is_cut_into_windows_that_share_a_byte():
     assert {cut(text, dataclasses.replace(CELL, seeds=(seed,)))[0, 0] for seed in range(9)} > {shown[0, 0]}
     with pytest.raises(UserError, match="a text of 16 bytes has no 2 windows of 8"):
         cut(text[:16], CELL)
+
+
+def test_learners_are_compared_where_they_gained_the_same(tmp_path):
+    """Between the rates on straight lines; of a curve that is there twice the better; seeds that never are, counted."""
+
+    def seed(number, *points):
+        scores = {"bits_both": 4.0, "bits_forgotten": 0.1, "bits_gained": 0.5}
+        for rate, (gained, forgotten) in enumerate(points, 1):
+            scores |= {f"bits_gained_at_{rate}": gained, f"bits_forgotten_at_{rate}": forgotten}
+        return record(seed=number, experiment="domain_stream", model="16", column="a → b", scores=scores)
+
+    for one in (seed(0, (0.4, 0.1), (0.8, 0.3), (0.4, 0.9)), seed(1, (0.5, 0.25), (0.6, 0.5))):
+        write(tmp_path / "domain_stream" / f"{one.seed}.json", one)
+    text = report(ReportOptions(tmp_path, tmp_path)).read_text()
+    # 0.15 and 0.25; 0.25 of the first alone; at 0.9 and 1.1 none
+    assert "| 16 | a → b | 0.200 ± 0.071 | 0.250 [1 of 2] | – | – |" in text
+    assert "| model | column | gained 0.5 | gained 0.7 | gained 0.9 | gained 1.1 |" in text
 
 
 @pytest.mark.parametrize(
