@@ -135,8 +135,12 @@ def table_of(found: dict[str, dict[str, list[float]]]) -> Table:
     table = Table("state", *(f"bits per byte, {kind}" for kind in KINDS))
     for name, by_kind in found.items():
         shown = (by_kind[kind] for kind in KINDS)
-        table.add_row(name, *(f"{statistics.fmean(one):.3f} ± {np.std(one):.3f}" for one in shown))
+        table.add_row(name, *map(_mean_and_spread, shown))
     return table
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def draw(found: dict[str, dict[str, list[float]]], options: SleepOptions) -> Path:
