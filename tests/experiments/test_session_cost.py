@@ -3,11 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from experiments import session_cost
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path):
     options = dataclasses.replace(session_cost.TINY, out=tmp_path)
     points, picture = session_cost.run(options, Console(quiet=True))
