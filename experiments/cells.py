@@ -25,6 +25,16 @@ def capped(bits: float) -> float:
     return bits if bits < RAW_BITS else RAW_BITS
 
 
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    """The mean, and the standard deviation where there is more than one.
+
+    >>> mean_and_spread([1.0, 2.0]), mean_and_spread([0.5], 1)
+    ('1.500 ± 0.707', '0.5')
+    """
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
 class Best(NamedTuple):
     """The best of the configurations tried on one setting."""
 

@@ -18,7 +18,6 @@ results/consolidation.json.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from pathlib import Path
@@ -28,8 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.cells import mean_and_spread
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
+from experiments.records import write_json
 from experiments.sessions import session_maker, text_of
 from experiments.text import corpus
 from hope_jax import online
@@ -135,12 +136,8 @@ def table_of(found: dict[str, dict[str, list[float]]]) -> Table:
     table = Table("state", *(f"bits per byte, {kind}" for kind in KINDS))
     for name, by_kind in found.items():
         shown = (by_kind[kind] for kind in KINDS)
-        table.add_row(name, *map(_mean_and_spread, shown))
+        table.add_row(name, *map(mean_and_spread, shown))
     return table
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def draw(found: dict[str, dict[str, list[float]]], options: SleepOptions) -> Path:
@@ -159,8 +156,7 @@ def run(options: SleepOptions, console: Console) -> tuple[dict[str, dict[str, li
     """Compares, prints, writes and draws."""
     found = compare(options)
     console.print(table_of(found))
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.results, found)
     return found, draw(found, options)
 
 

@@ -1,10 +1,9 @@
 """Learners of a stream compared where they have gained the same: how much has each forgotten there?"""
 
 import itertools
-import statistics
 from collections.abc import Mapping
 
-from experiments.cells import NONE, Best
+from experiments.cells import NONE, Best, mean_and_spread
 from experiments.published import FORGOTTEN, GAINED
 
 GAINS = (0.5, 0.7, 0.9, 1.1)  # bits per byte of the second text
@@ -50,6 +49,5 @@ def _show(best: Best, gain: float) -> str:
     values = [value for record in best.records if (value := forgotten_at(record.scores, gain)) is not None]
     if not values:
         return NONE
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     missing = f" [{len(values)} of {len(best.records)}]" if len(values) < len(best.records) else ""
-    return f"{statistics.fmean(values):.3f}{spread}{missing}"
+    return mean_and_spread(values) + missing

@@ -74,10 +74,15 @@ def path_of(experiment: str, label: str, cell: Options) -> Path:
 
 
 def write(path: Path, record: Record) -> None:
-    """The record as JSON, whole or not at all."""
+    """The record as JSON; what is not a number has no place in one."""
+    write_json(path, dataclasses.asdict(record), allow_nan=False)
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """A value as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=allow_nan) + "\n")
     partial.replace(path)
 
 

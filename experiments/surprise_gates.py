@@ -13,7 +13,6 @@ The picture is plots/surprise_gates.png, the numbers results/surprise_gates.json
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from pathlib import Path
@@ -25,8 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.cells import mean_and_spread
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
+from experiments.records import write_json
 from experiments.sessions import session_maker, text_of
 from hope_jax import online
 from hope_jax.training.errors import UserError
@@ -143,7 +144,7 @@ def gains(found: dict[str, list[Reading]], name: str) -> list[float]:
 def _show(gains: list[float]) -> str:
     if any(map(math.isnan, gains)):
         return "no bound: always writing does not help"
-    return f"{statistics.fmean(gains):.2f}" + (f" ± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "")
+    return mean_and_spread(gains, 2)
 
 
 def table_of(found: dict[str, list[Reading]]) -> Table:
@@ -185,9 +186,7 @@ def run(options: GateOptions, console: Console) -> tuple[dict[str, list[Reading]
     """Compares, prints, writes and draws."""
     found = compare(options)
     console.print(table_of(found))
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    numbers = {name: [one._asdict() for one in readings] for name, readings in found.items()}
-    options.results.write_text(json.dumps(numbers, indent=1) + "\n")
+    write_json(options.results, {name: [one._asdict() for one in readings] for name, readings in found.items()})
     return found, draw(found, options)
 
 

@@ -24,3 +24,21 @@ def params(config):
 def text():
     """430 tokens: 53 chunks of 8 and 6 more."""
     return np.random.default_rng(0).integers(0, 256, 430).astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def interrupted():
+    """A function that is stopped by Ctrl-C where it is called for the second time, and not again."""
+
+    def stop(function):
+        calls = []
+
+        def second(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return second
+
+    return stop

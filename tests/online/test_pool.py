@@ -208,28 +208,18 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_an_interrupt_loses_nothing(monkeypatch):
+def test_an_interrupt_loses_nothing(attention, monkeypatch, interrupted):
     """Ctrl-C in the second of several programs of one call: the user can leave, and what was not read yet is read."""
-    config = dataclasses.replace(CONFIGS["attention"], max_length=2048)
-    model = Model(config, build_lm(config).init(jax.random.key(0)))
-    text = np.random.default_rng(0).integers(0, 256, 1500).astype(np.uint8).tobytes()
-    pool, calls = model.pool(slots=1), []
+    text = np.random.default_rng(0).integers(0, 256, 300).astype(np.uint8).tobytes()
+    pool, unbroken = attention.pool(slots=1), attention.pool(slots=1)
     programs = pool._programs
-
-    def advance(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return programs.advance(*arguments)
-
+    monkeypatch.setattr(pool, "_programs", programs._replace(advance=interrupted(programs.advance)))
     pool.admit("ann")
-    monkeypatch.setattr(pool, "_programs", programs._replace(advance=advance))
     with pytest.raises(KeyboardInterrupt):
-        pool.observe({"ann": text[:40]})
-        pool.observe({"ann": text[40:]})
-    unbroken = model.pool(slots=1)
+        pool.observe({"ann": text})
+    assert len(pool._rows["ann"].place.held.tokens) > pool._pace.size  # whole chunks wait
     unbroken.admit("ann")
-    unbroken.observe({"ann": text[: pool.session("ann").tokens]})
+    unbroken.observe({"ann": text})
     assert pool.evict("ann").digest() == unbroken.evict("ann").digest() and not pool.users
 
 

@@ -211,18 +211,11 @@ def test_text_that_may_not_teach_does_not_spend_the_budget(config, params, text)
     jax.tree.map(np.testing.assert_array_equal, wrote(text[:200]), fresh)
 
 
-def test_an_interrupt_loses_nothing(config, params, text, monkeypatch, tmp_path):
+def test_an_interrupt_loses_nothing(config, params, text, monkeypatch, tmp_path, interrupted):
     """Ctrl-C in the second of several programs of one call: what was not read yet is read when it is saved."""
-    session, calls = online.Session(config, params), []
+    session = online.Session(config, params)
     stream = session.stream
-
-    def advance(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return stream.advance(*arguments)
-
-    monkeypatch.setattr(session, "stream", stream._replace(advance=advance))
+    monkeypatch.setattr(session, "stream", stream._replace(advance=interrupted(stream.advance)))
     with pytest.raises(KeyboardInterrupt):
         session.observe(text)
     session.save(tmp_path / "a")
