@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import text
 from experiments.niah import BYTES
@@ -31,6 +30,7 @@ from experiments.published import FROM
 from experiments.running import Job, main
 from experiments.streaming import Reader, reader, split
 from experiments.training import Scores, cross_entropy, language_model
+from hope_jax.training import documents
 from hope_jax.training.errors import UserError
 
 FIRST = 16  # bytes of the first bin; every later one begins where twice as much has been read
@@ -93,8 +93,7 @@ def windows(held_out: np.ndarray, count: int, context: int) -> np.ndarray:
 @jax.jit
 def bits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """[T]: of each place, the mean over rows."""
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
-    return nats_BT.mean(axis=0) / math.log(2)
+    return documents.cross_entropy(logits_BTV, targets_BT).mean(axis=0) / math.log(2)
 
 
 def by_place(read: Reader, params: Any, windows_BT: np.ndarray) -> np.ndarray:

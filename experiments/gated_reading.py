@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import text
 from experiments.streaming import split
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.online import Gate
+from hope_jax.training.documents import cross_entropy
 from hope_jax.training.errors import UserError
 
+nats_of = jax.jit(cross_entropy)
 NO_STEP = 1e-30  # a learning rate that no float32 weight feels
 
 
@@ -86,9 +87,3 @@ def gated_reader(config: ModelConfig) -> Callable[[Any, np.ndarray, Gate], Readi
         return Reading(np.concatenate(bits), float(np.mean(writes)) if writes else 0.0)
 
     return read
-
-
-@jax.jit
-def nats_of(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """[B, T] losses of the targets."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)

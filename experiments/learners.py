@@ -19,13 +19,12 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.models.fast_levels import with_fast_levels
 from hope_jax.models.fast_weights import fast_weights
 from hope_jax.online.consolidate import distil
+from hope_jax.training.documents import cross_entropy
 from hope_jax.training.errors import UserError
 
 type Kind = Literal["levels", "meta", "sleep", "all"]
@@ -131,7 +130,7 @@ def _everything(config: ModelConfig, clock: int) -> Moving:
 
             def loss(weights: Any):
                 after, logits_BCV = lm.apply(weights, state, tokens_C[None], phase=phase)
-                return nats(logits_BCV, targets_C[None]), after
+                return cross_entropy(logits_BCV, targets_C[None]).mean(), after
 
             gradient, state = jax.grad(loss, has_aux=True)(weights)
             return (jax.tree.map(lambda w, g: w - eta * g, weights, gradient), state), None
@@ -140,8 +139,3 @@ def _everything(config: ModelConfig, clock: int) -> Moving:
         return jax.lax.scan(step, (weights, lm.init_state(weights, 1)), chunks)[0][0]
 
     return Moving(lambda params: params, lambda params, weights: weights, read)
-
-
-def nats(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The mean over all places."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT).mean()

@@ -20,13 +20,14 @@ import numpy as np
 from experiments import text
 from experiments.cells import RAW_BITS
 from experiments.context_use import windows
-from experiments.learners import Moving, learner, moving, nats
+from experiments.learners import Moving, learner, moving
 from experiments.options import Options, at_least, fingerprint, model_config
 from experiments.published import FORGOTTEN, GAINED
 from experiments.running import Job
 from experiments.sources import label
 from experiments.training import Batch, Model, Scores, Trained, cross_entropy, language_model, train
 from hope_jax.models import ModelConfig
+from hope_jax.training import documents
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import one_line
@@ -115,7 +116,7 @@ def at_rates(base: ModelConfig, moving: Moving, rates: Sequence[float]) -> AtRat
 
         def one(at: tuple[Any, jax.Array]) -> jax.Array:
             logits_MTV = model.apply(moving.put(params, at[0]), tokens_MT[:, :-1])
-            bits = nats(logits_MTV, tokens_MT[:, 1:]) / math.log(2)
+            bits = documents.cross_entropy(logits_MTV, tokens_MT[:, 1:]).mean() / math.log(2)
             return jnp.where(bits < RAW_BITS, bits, RAW_BITS)
 
         return jax.lax.map(one, (weights_R, etas_R))

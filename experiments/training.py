@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.options import Options
 from hope_jax.models import ModelConfig, build_lm
+from hope_jax.training import documents
 from hope_jax.training.optimizer import decay_mask
 
 type Scores = dict[str, float]
@@ -71,7 +72,7 @@ def state_bytes(config: ModelConfig) -> int:
 
 def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
     """Mean nats of the targets, weighted."""
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), batch.targets)
+    nats_BT = documents.cross_entropy(logits_BTV, batch.targets)
     return (nats_BT * batch.weights).sum() / batch.weights.sum()
 
 

@@ -14,7 +14,8 @@ from hope_jax.online.answer import Answer, check_options, choices
 from hope_jax.online.place import NOTHING, Place, Snapshot
 from hope_jax.online.report import Report, join, summarize
 from hope_jax.online.session import Session
-from hope_jax.online.stream import ChunkReport, Held, Pieces, Stream, StreamState, choose, cut
+from hope_jax.online.slots import Ahead, programs, put, take
+from hope_jax.online.stream import ChunkReport, Held, Pieces, StreamState, cut
 from hope_jax.online.tokens import Text
 from hope_jax.training.errors import UserError
 
@@ -36,22 +37,6 @@ class Row(NamedTuple):
     place: Place  # where the stream stands, with the arrays in the slot
     ahead: int  # held tokens that `Ahead` has read
     used: int  # the pool's call that last had to do with it
-
-
-class Ahead(NamedTuple):
-    """Contexts that have read held tokens too, for answers."""
-
-    carry: Any
-    logits_BV: jax.Array  # of what comes next
-
-
-class Programs(NamedTuple):
-    """What all slots go through in one call."""
-
-    advance: Callable[[Any, StreamState, Pieces], tuple[StreamState, ChunkReport]]
-    read_on: Callable[..., Ahead]
-    # (params, state, ahead, starts_B, reads_B, token_B): one more token in the rows that read; those that start do so
-    # from the context after whole chunks
 
 
 class Pool:
@@ -102,7 +87,7 @@ class Pool:
         # Arrays, tuples, dicts and sessions in here are replaced, never written into: a copy is a fork.
         self._fresh = Session(model, params, **options)
         self._stream, self._pace = self._fresh.stream, self._fresh.pace
-        self._programs = _programs(self._stream, jax.default_backend() != "cpu" if together is None else together)
+        self._programs = programs(self._stream, jax.default_backend() != "cpu" if together is None else together)
         self._state: StreamState = self._stream.init(params, slots)
         self._ahead: Ahead | None = None
         self._rows: dict[str, Row] = {}
@@ -172,7 +157,7 @@ class Pool:
         self._row(user)
         self._extend({user: NOTHING.tokens}, {user: False})  # whole chunks that an interrupt left
         row = self._rows[user]
-        return self._adopted(row.session, Snapshot(_take(self._state, np.int32(row.slot)), row.place))
+        return self._adopted(row.session, Snapshot(take(self._state, np.int32(row.slot)), row.place))
 
     def observe(
         self, texts: Mapping[str, Text], *, update_allowed: bool | Mapping[str, bool] = True
@@ -358,10 +343,10 @@ class Pool:
 
     def _fill(self, slot: int, row: StreamState) -> None:
         """A slot, and all that belongs to it, as if it had just come to this state [1, ...]."""
-        self._state = _put(self._state, row, np.int32(slot))
+        self._state = put(self._state, row, np.int32(slot))
         if self._ahead:
             nothing = jnp.zeros_like(self._ahead.logits_BV[:1])
-            self._ahead = _put(self._ahead, Ahead(row.nest.carry, nothing), np.int32(slot))
+            self._ahead = put(self._ahead, Ahead(row.nest.carry, nothing), np.int32(slot))
 
     def _adopted(self, session: Session, snapshot: Snapshot) -> Session:
         """A session that stands there and shares the parameters and programs of the pool."""
@@ -417,49 +402,3 @@ def _by_user[T](name: str, value: T | Mapping[str, T], users: Iterable[str]) -> 
     if different := sorted(set(users) ^ set(value)):
         raise UserError(f"{name} is one for all, or one for each user of the call; {different[0]!r} is in one only")
     return dict(value)
-
-
-@jax.jit
-def _take(tree: Any, slot: Any) -> Any:
-    """One row [1, ...]."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1), tree)
-
-
-@jax.jit
-def _put(tree: Any, row: Any, slot: Any) -> Any:
-    """With another row in its slot."""
-    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, slot, 0), tree, row)
-
-
-@functools.cache
-def _programs(stream: Stream, together: bool) -> Programs:
-    def next_token(params: Any, ahead: Ahead, state: StreamState, starts_B: Any, token_B: Any) -> Ahead:
-        carry = choose(starts_B, state.nest.carry, ahead.carry)
-        return Ahead(*stream.step(params, state.nest.levels, carry, token_B))
-
-    def read_on(params: Any, state: StreamState, ahead: Ahead, starts_B: Any, reads_B: Any, token_B: Any) -> Ahead:
-        if together:
-            return choose(reads_B, next_token(params, ahead, state, starts_B, token_B), ahead)
-        return _in_turn(functools.partial(next_token, params), reads_B, ahead, (state, starts_B, token_B))
-
-    def advance(params: Any, state: StreamState, pieces: Pieces) -> tuple[StreamState, ChunkReport]:
-        report_BN = jax.eval_shape(stream.advance, params, state, pieces)[1]
-        empty_BN = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report_BN)
-
-        def one(changing: Any, pieces: Pieces) -> Any:
-            return stream.advance(params, changing[0], pieces)
-
-        return _in_turn(one, pieces.live_BN.any(axis=1), (state, empty_BN), (pieces,))
-
-    return Programs(stream.advance if together else jax.jit(advance), jax.jit(read_on))
-
-
-def _in_turn[T](f: Callable[..., T], live_B: jax.Array, changing: T, fixed: tuple) -> T:
-    """`f(changing, *fixed)` of one live row [1, ...] after the other; the others cost nothing and stay as they are."""
-    slots_B = jnp.argsort(~live_B)  # live ones first
-
-    def body(i: jax.Array, changing: T) -> T:
-        new = f(_take(changing, slots_B[i]), *_take(fixed, slots_B[i]))
-        return _put(changing, new, slots_B[i])
-
-    return jax.lax.fori_loop(0, live_B.sum(), body, changing)
