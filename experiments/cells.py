@@ -1,6 +1,7 @@
 """From records to the cells of a table: the best configuration of each setting, its mean and spread over seeds."""
 
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -41,27 +42,39 @@ class Best(NamedTuple):
     records: list[Record]  # one per seed
     tried: int  # configurations
 
-    def values(self, score: str) -> list[float]:
-        """One per seed; a run that failed knows nothing."""
-        return [record.scores.get(score, RAW_BITS if in_bits(score) else 0.0) for record in self.records]
+    def values(self, score: str) -> dict[int, float]:
+        """By seed, where this was measured: a run that failed has no scores, and a model need not have every one."""
+        return {record.seed: record.scores[score] for record in self.records if score in record.scores}
 
     def mean(self, score: str) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.values(score))
+        """Over the seeds that have it; nan: none has."""
+        return statistics.fmean(self.values(score).values()) if self.has(score) else math.nan
 
     def has(self, score: str) -> bool:
-        """Whether this was measured: a model need not have every score."""
-        return any(score in record.scores or record.failed for record in self.records)
+        """Whether this was measured."""
+        return bool(self.values(score))
 
     def rank(self, scores: Sequence[str]) -> list[float]:
-        """The means of these scores as numbers of which greater ones are better."""
-        return [-self.mean(score) if in_bits(score) else self.mean(score) for score in scores]
+        """Numbers of which greater ones are better: how many seeds, then the means of these scores.
+
+        A run that failed knows nothing here: it may not be left out where configurations are compared.
+        """
+
+        def of(record: Record, score: str) -> float:
+            bits = in_bits(score)
+            return record.scores.get(score, RAW_BITS if bits else 0.0) * (-1 if bits else 1)
+
+        return [
+            len(self.records),
+            *(statistics.fmean(of(record, score) for record in self.records) for score in scores),
+        ]
 
 
 def table_cells(records: Iterable[Record], table: Table) -> dict[tuple[str, str], dict[str, Best]]:
     """(model, column) -> setting -> the best configuration.
 
-    Configurations are compared by the means over their seeds of the scores in `table.best`.
+    Of those with the most seeds, so that no lucky one counts; they are compared by their means of the scores in
+    `table.best`.
     """
     groups: dict[tuple[str, str, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -109,23 +122,27 @@ def scores_of(table: Table, cells: Mapping[tuple[str, str], Mapping[str, Best]],
 def show(settings: dict[str, Best], table: Table, column: str) -> str:
     """A cell as text: "98.2 ± 0.4 / 10.1 ± 3.0", or "51.2 [3 of 11]" for a mean over some of its settings.
 
-    Where every run failed there is no number.
+    Runs that failed are in no mean and are counted: "51.2 [1 of 3 runs not finite]".
     """
-    if all(record.failed for best in settings.values() for record in best.records):
+    runs = [record for best in settings.values() for record in best.records]
+    failed = sum(record.failed is not None for record in runs)
+    if failed == len(runs):
         return FAILED
     text = " / ".join(_show_score(list(settings.values()), score) for score in table.scores)
     expected = table.settings.get(column)
-    return text if expected in (None, len(settings)) else f"{text} [{len(settings)} of {expected}]"
+    notes = [] if expected in (None, len(settings)) else [f"{len(settings)} of {expected}"]
+    notes += [f"{failed} of {len(runs)} runs {FAILED}"] * (failed > 0)
+    return f"{text} [{', '.join(notes)}]" if notes else text
 
 
 def _show_score(bests: Sequence[Best], score: str) -> str:
-    bests = [best for best in bests if best.has(score)]
-    if not bests:
+    found = [best.values(score) for best in bests if best.has(score)]
+    if not found:
         return NONE
-    mean = show_score(score, statistics.fmean(best.mean(score) for best in bests))
-    seeds = min(len(best.records) for best in bests)
-    if seeds < 2:
+    mean = show_score(score, statistics.fmean(statistics.fmean(values.values()) for values in found))
+    seeds = set(found[0]).intersection(*found)
+    if len(seeds) < 2:
         return mean
     # The spread of the column: of the means over its settings, seed by seed.
-    by_seed = [statistics.fmean(best.values(score)[i] for best in bests) for i in range(seeds)]
+    by_seed = [statistics.fmean(values[seed] for values in found) for seed in sorted(seeds)]
     return f"{mean} ± {show_score(score, statistics.stdev(by_seed))}"

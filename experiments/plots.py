@@ -54,7 +54,7 @@ def against_state(cells: Cells, table: Table) -> Any:
     [score] = table.scores
     curves: dict[int, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for (model, _), settings in cells.items():
-        for best in settings.values():
+        for best in filter(lambda best: best.has(score), settings.values()):
             [pairs] = best.records[0].options["pairs"]
             curves[pairs][model].append((best.records[0].state_bytes, 100 * best.mean(score)))
     figure, panels = figure_of(len(curves), width=4)
@@ -122,7 +122,8 @@ def against_width(cells: Cells, table: Table) -> Any:
     for axes, (kind, column) in zip(panels, columns, strict=True):
         for (model, name), settings in sorted(cells.items()):
             for best in settings.values() if name == column else ():
-                values = [best.values(f"{kind}_{share}") for share in PREFIXES if best.has(f"{kind}_{share}")]
+                found = [best.values(f"{kind}_{share}") for share in PREFIXES]
+                values = [list(by_seed.values()) for by_seed in found if by_seed]
                 spread = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
                 shares = PREFIXES[: len(values)]
                 axes.errorbar(shares, list(map(statistics.fmean, values)), spread, fmt="o-", capsize=3, label=model)
@@ -182,7 +183,7 @@ def matrix(cells: Cells, table: Table) -> Any:
             {int(s.removeprefix(AT)) for one in by_chunk.values() for s in one.records[0].scores if s.startswith(AT)}
         )
         tables = {kind: [[by_chunk[t].mean(f"{kind}{s}") for s in served] for t in trained] for kind in (AT, TUNED)}
-        low, high = (choose(bits for rows in tables.values() for row in rows for bits in row) for choose in (min, max))
+        low, high = (choose(list(tables.values())) for choose in (np.nanmin, np.nanmax))
         for axes, (kind, rows) in zip(panels[2 * number : 2 * number + 2], tables.items(), strict=True):
             axes.imshow(rows, cmap="viridis_r", vmin=low, vmax=high)
             for y, row in enumerate(rows):
@@ -251,7 +252,8 @@ def with_spread(cells: Cells, table: Table) -> Any:
     for axes, score in zip(panels, table.scores, strict=True):
         for number, model in enumerate(models):
             found = [(i, cells[model, c][""]) for i, c in enumerate(columns) if (model, c) in cells]
-            points = [(i + 0.9 * number / len(models), best.values(score)) for i, best in found if best.has(score)]
+            values = [(i, list(best.values(score).values())) for i, best in found if best.has(score)]
+            points = [(i + 0.9 * number / len(models), by_seed) for i, by_seed in values]
             places, means = [at for at, _ in points], [100 * statistics.fmean(values) for _, values in points]
             spread = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
             axes.errorbar(places, means, spread, fmt="os^vDP*"[number % 7], capsize=2, label=model)

@@ -6,6 +6,7 @@ Every number comes from a record below experiments/results or from `published`; 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,8 @@ HEAD = """# Results
 
 Written by `python -m experiments.report` from the records in `results/`; numbers with "published" are those of the
 source named under the table. ± is the standard deviation over seeds. "–": not computed. Scores named "bits" are bits
-per byte or per label, fewer are better; all others are percent.
+per byte or per label, fewer are better; all others are percent. Of several configurations the best of those with the
+most seeds is shown. A run that was not finite is in no mean; the cell counts it.
 """
 
 
@@ -108,9 +110,23 @@ def _details(cells: dict[tuple[str, str], dict[str, Best]], machines: Sequence[s
             per_step = 1000 * seconds / max(1, sum(record.steps - 1 for record in best.records))
             minutes = seconds / len(best.records) / 60
             made += ["-".join(_range(record.steps for record in best.records)), f"{minutes:.1f}"]
-            made += [f"{per_step:.1f}", first.commit or NONE]
-            rows.append([*made, f"M{machines.index(first.machine) + 1}", f"`{first.command}`"])
-    return markdown([*head, "machine", "command (first seed)"], rows) if rows else ["No records yet."]
+            made += [f"{per_step:.1f}", _once(record.commit or NONE for record in best.records)]
+            made += [_once(f"M{machines.index(record.machine) + 1}" for record in best.records)]
+            rows.append([*made, f"`{_command(best)}`"])
+    return markdown([*head, "machine", "command"], rows) if rows else ["No records yet."]
+
+
+def _once(words: Iterable[str]) -> str:
+    """ "M1 M2": each once, in their order."""
+    return " ".join(dict.fromkeys(words))
+
+
+def _command(best: Best) -> str:
+    """That of the first seed, with all of them."""
+    command = best.records[0].command
+    if len(best.records) == 1:
+        return command
+    return f"{re.sub(r' --seeds [0-9]+', '', command)} --seeds {' '.join(str(record.seed) for record in best.records)}"
 
 
 def _seeds(best: Best) -> str:

@@ -1,11 +1,12 @@
 """The report says what the records say, and nothing else."""
 
 import dataclasses
+import statistics
 
 import pytest
 
 from experiments.cells import scores_of, show, table_cells
-from experiments.plots import against_steps
+from experiments.plots import against_steps, bars
 from experiments.published import TABLES, Table
 from experiments.records import Record, write
 from experiments.report import NONE, ReportOptions, report
@@ -48,25 +49,34 @@ def cell(records, table=TABLE, column="parity"):
 
 
 def test_the_best_configuration_is_the_best_mean_over_its_seeds():
-    """One lucky seed of another learning rate does not count; bin1 decides before bin0."""
+    """One lucky seed of another learning rate does not count, nor one that has no others; bin1 decides before bin0."""
     lucky = [record(0.01, 0, {"bin0": 1.0, "bin1": 1.0}), record(0.01, 1, {"bin0": 1.0, "bin1": 0.0})]
+    alone = record(0.3, 0, {"bin0": 1.0, "bin1": 1.0})
     steady = [record(0.1, seed, {"bin0": 0.5, "bin1": 0.6 + 0.1 * seed}) for seed in (0, 1)]
-    assert cell([*lucky, *steady]) == "50.0 ± 0.0 / 65.0 ± 7.1"
-    assert table_cells([*lucky, *steady], TABLE)["hope", "parity"][""].tried == 2
+    assert cell([*lucky, alone, *steady]) == "50.0 ± 0.0 / 65.0 ± 7.1"
+    assert table_cells([*lucky, alone, *steady], TABLE)["hope", "parity"][""].tried == 3
 
 
-def test_a_failed_seed_counts_as_nothing_right():
+def test_a_failed_run_is_in_no_mean_and_is_counted():
     failed = record(0.1, 1, {}, failed="not finite at step 3")
-    assert cell([record(0.1, 0, {"bin0": 1.0, "bin1": 1.0}), failed]) == "50.0 ± 70.7 / 50.0 ± 70.7"
+    runs = [record(0.1, 0, {"bin0": 1.0, "bin1": 0.5}), failed]
+    assert cell(runs) == "100.0 / 50.0 [1 of 2 runs not finite]"
 
 
-def test_fewer_bits_are_better_and_a_failed_run_knows_nothing():
-    """Bits are shown as they are; the raw byte has 8."""
+def test_a_failed_run_does_not_help_its_configuration():
+    """Where configurations are compared it knows nothing: no string, and 8 bits of a byte."""
     table = Table("", ("bits",), ("bits",))
     runs = [record(rate, seed, {"bits": 2.0 + rate + seed}) for rate in (0.1, 0.2) for seed in (0, 1)]
     assert cell(runs, table) == "2.600 ± 0.707"
     failed = record(0.1, 1, {}, failed="not finite at step 3")
-    assert cell([runs[0], failed], table) == "5.050 ± 4.172"
+    assert cell([runs[0], failed], table) == "2.100 [1 of 2 runs not finite]"
+    assert cell([runs[0], failed, *runs[2:]], table) == "2.700 ± 0.707"
+
+
+def test_no_bar_for_what_has_no_number():
+    runs = [record(model="lstm"), record(model="srwm", scores={}, failed="not finite at step 3")]
+    axes = bars(table_cells(runs, TABLE), TABLE).axes[0]
+    assert [(bar.get_label(), len(bar)) for bar in axes.containers] == [("lstm", 1), ("srwm", 0)]
 
 
 def test_a_score_that_was_not_measured_is_no_zero():
@@ -113,8 +123,24 @@ def test_a_column_is_the_mean_of_the_best_of_its_settings():
     assert cell(runs, table, "compression") == "70.0 [2 of 11]"
 
 
+def test_the_spread_of_a_column_is_over_the_seeds_that_all_of_its_settings_have():
+    table = TABLES["mad"]
+    found = {"baseline": {0: 0.0, 1: 0.2, 2: 0.4}, "vocab=32": {1: 0.4, 2: 0.8, 3: 1.0}}
+    runs = [
+        record(seed=seed, scores={"score": score}, column="compression", setting=setting)
+        for setting, scores in found.items()
+        for seed, score in scores.items()
+    ]
+    want = statistics.stdev([(0.2 + 0.4) / 2, (0.4 + 0.8) / 2])
+    assert cell(runs, table, "compression") == f"{100 * (0.2 + 2.2 / 3) / 2:.1f} ± {100 * want:.1f} [2 of 11]"
+
+
 def test_report_shows_records_and_published_numbers_and_invents_nothing(tmp_path):
-    runs = [record(), record(seed=1), record(0.1, 0, {}, model="lstm", failed="not finite at step 3: loss nan")]
+    runs = [
+        record(),
+        record(seed=1, commit="abd", machine="cpu: another"),
+        record(0.1, 0, {}, model="lstm", failed="not finite at step 3: loss nan"),
+    ]
     runs += [
         record(
             model=model, experiment="mqar", column=f"4 pairs, D {width}", scores={"accuracy": 0.5}, state_bytes=width
@@ -138,9 +164,9 @@ def test_report_shows_records_and_published_numbers_and_invents_nothing(tmp_path
     assert f"| srwm | {' | '.join([NONE] * 6)} |" in languages
     assert (
         "0 (not finite at step 3: loss nan)" in languages
-        and "0 1 | 1 | 1,234 | 500 | 1.5 | 180.4 | abc | M1 |" in languages
+        and "0 1 | 1 | 1,234 | 500 | 1.5 | 180.4 | abc abd | M1 M2 |" in languages
     )
-    assert "`python -m experiments.formal_languages --models hope`" in languages
+    assert "`python -m experiments.formal_languages --models hope --seeds 0 1`" in languages
     assert "arXiv:2512.24695, Table 5" in languages and "No records yet." in text[text.index("## MAD") :]
     assert "| model | 4 pairs, D 8 | 4 pairs, D 16 |" in text
     assert "- M1: cpu: some processor" in text and rows
