@@ -38,12 +38,8 @@ def add(commands: Commands) -> None:
 
 def _on_mesh(arguments: argparse.Namespace) -> "TrainConfig":
     """The config of a preset with its overrides and `--mesh`."""
-    base = preset(arguments.preset)
-
-    from hope_jax.training.overrides import apply_overrides
-
     axes = [f"mesh.{part}" for part in arguments.mesh.split(",") if part]
-    return apply_overrides(base, [*arguments.overrides, *axes])
+    return preset(arguments.preset, [*arguments.overrides, *axes])
 
 
 def _shard_report(arguments: argparse.Namespace, argv: list[str]) -> int:

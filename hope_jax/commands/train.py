@@ -60,17 +60,16 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     overrides = list(arguments.overrides)
     if arguments.preset is not None and "=" in arguments.preset:
         overrides, arguments.preset = [arguments.preset, *overrides], None
-    base, run_dir = _base(arguments)
+    config, run_dir = _config(arguments, overrides)
 
     from hope_jax.training.command import run_training
     from hope_jax.training.interrupt import Stop
-    from hope_jax.training.overrides import apply_overrides
     from hope_jax.training.profile import parse_steps
 
     words = (word for word in argv if word not in ("--resume", "--auto-resume", "--overwrite"))
     again = command(*_without_profile(words), "--resume")
     stop = run_training(
-        apply_overrides(base, overrides),
+        config,
         run_dir,
         resume=None if arguments.auto_resume else arguments.resume,
         overwrite=arguments.overwrite,
@@ -81,15 +80,15 @@ def _train(arguments: argparse.Namespace, argv: list[str]) -> int:
     return {Stop.NO: 0, Stop.INTERRUPTED: EXIT_INTERRUPTED, Stop.PREEMPTED: EXIT_PREEMPTED}[stop]
 
 
-def _base(arguments: argparse.Namespace) -> "tuple[TrainConfig, Path]":
-    """What is changed by key=value, and the run directory."""
+def _config(arguments: argparse.Namespace, overrides: list[str]) -> "tuple[TrainConfig, Path]":
+    """What is trained, and the run directory."""
     there, run_dir = arguments.origin, arguments.run
     if there is None:
         if arguments.preset is None:
             raise UserError(f"give a preset, one of {', '.join(PRESETS)}, or --from RUN")
         if arguments.add_level:
             raise UserError("--add-level puts a level in front of those of another run; give that with --from RUN")
-        return preset(arguments.preset), run_dir or Path("runs") / arguments.preset
+        return preset(arguments.preset, overrides), run_dir or Path("runs") / arguments.preset
     if arguments.preset is not None:
         raise UserError(f"--from {there} takes the config of that run; leave out the preset {arguments.preset}")
     if run_dir is None:
@@ -97,14 +96,17 @@ def _base(arguments: argparse.Namespace) -> "tuple[TrainConfig, Path]":
 
     from hope_jax.training.config import read_config
     from hope_jax.training.origin import config_from, levels_added
+    from hope_jax.training.overrides import apply_overrides
     from hope_jax.training.run_dir import holds_run
 
     if (arguments.resume or arguments.auto_resume) and holds_run(run_dir):
         own = read_config(run_dir)  # what it began from may have changed, or be gone
         if arguments.add_level and levels_added(run_dir) == 0:
             raise UserError(f"{run_dir} began without a new level; leave out --add-level, or give another --run")
-        return dataclasses.replace(own, start=dataclasses.replace(own.start, run=str(there))), run_dir
-    return config_from(there, add_level=arguments.add_level), run_dir
+        base = dataclasses.replace(own, start=dataclasses.replace(own.start, run=str(there)))
+    else:
+        base = config_from(there, add_level=arguments.add_level)
+    return apply_overrides(base, overrides), run_dir
 
 
 def _without_profile(words: Iterable[str]) -> list[str]:

@@ -41,6 +41,7 @@ def put(tree: Any, row: Any, slot: Any) -> Any:
 @functools.cache
 def programs(stream: Stream, together: bool) -> Programs:
     """For the slots of this stream: all of them at once, or one after the other (`Pool`)."""
+
     def next_token(params: Any, ahead: Ahead, state: StreamState, starts_B: Any, token_B: Any) -> Ahead:
         carry = choose(starts_B, state.nest.carry, ahead.carry)
         return Ahead(*stream.step(params, state.nest.levels, carry, token_B))

@@ -33,7 +33,7 @@ def inspect(what: str, overrides: Sequence[str], console: Console) -> None:
       UserError: the config or a source cannot be used.
     """
     if what in PRESETS:
-        config = apply_overrides(preset(what), overrides)
+        config = preset(what, overrides)
     else:
         config = apply_overrides(TrainConfig(data=what), [*overrides, *_vocabulary_size(overrides)])
     mixture = load_mixture(config, lambda line: console.print(line, markup=False))

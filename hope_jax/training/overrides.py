@@ -9,17 +9,19 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hope_jax.training.errors import UserError
 
 
-def apply_overrides[T](config: T, overrides: Iterable[str]) -> T:
+def apply_overrides[T](config: T, overrides: Iterable[str], changes: Mapping[str, Any] = MappingProxyType({})) -> T:
     """A copy of a config with some fields replaced.
 
     Args:
       config: a dataclass, possibly holding others.
       overrides: "key=value" strings; later ones win.
+      changes: dotted key -> value of fields that are replaced too, where no override does it.
     Returns:
       A config of the same type.
     Raises:
@@ -32,7 +34,7 @@ def apply_overrides[T](config: T, overrides: Iterable[str]) -> T:
     Config(steps=1000)
     """
     kinds = leaf_types(type(config))
-    changes: dict[str, Any] = {}
+    changes = dict(changes)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:

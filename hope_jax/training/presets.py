@@ -4,7 +4,7 @@ Imports are inside the functions so that `hope --help` and a mistyped name answe
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,12 +38,16 @@ def tiny() -> "TrainConfig":
 
 def tiny_attention() -> "TrainConfig":
     """As tiny, with attention in place of the self-modifying memory (Hope-Attention)."""
-    return _with_model(tiny(), "hope_attention")
+    from hope_jax.training.architecture import with_architecture
+
+    return with_architecture(tiny(), "hope_attention")
 
 
 def tiny_transformer() -> "TrainConfig":
     """As tiny, with a Transformer."""
-    config = _with_model(tiny(), "transformer")
+    from hope_jax.training.architecture import with_architecture
+
+    config = with_architecture(tiny(), "transformer")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))  # its fastest policy
 
 
@@ -95,6 +99,7 @@ def sized(name: str, model: str = "hope") -> "TrainConfig":
     The text is bytes unless `tokenizer=FILE model.vocab_size=N` says otherwise; give it with `data=`.
     """
     from hope_jax.models import ModelConfig
+    from hope_jax.training.architecture import with_architecture
     from hope_jax.training.config import TrainConfig
 
     size = SIZES[name]
@@ -102,9 +107,8 @@ def sized(name: str, model: str = "hope") -> "TrainConfig":
     levels = 3 if large else 2
     cms = 4 * size.dim // levels // 64 * 64  # together an MLP of 4 D
     steps = round(size.tokens / (size.batch_size * size.seq_len))
-    return TrainConfig(
+    config = TrainConfig(
         model=ModelConfig(
-            name=model,
             dim=size.dim,
             layers=size.layers,
             heads=size.dim // 64,
@@ -124,15 +128,12 @@ def sized(name: str, model: str = "hope") -> "TrainConfig":
         learning_rate=size.learning_rate,
         final_learning_rate=size.learning_rate / 10,
         warmup_steps=min(2000, steps // 20),
-        cms_periods=() if model == "transformer" else (1, 4, 16) if large else (1, 16),
+        cms_periods=(1, 4, 16) if large else (1, 16),
         eval_every=1000,
         checkpoint_every=1000,
         final_eval_batches=100,
     )
-
-
-def _with_model(config: "TrainConfig", name: str) -> "TrainConfig":
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))  # type: ignore[arg-type]
+    return with_architecture(config, model)
 
 
 PRESETS: dict[str, Callable[[], "TrainConfig"]] = {
@@ -152,15 +153,28 @@ for _name, _size in SIZES.items():
         )
 
 
-def preset(name: str) -> "TrainConfig":
+def preset(name: str, overrides: Sequence[str] = ()) -> "TrainConfig":
     """The config of a preset.
 
+    Args:
+      name: of the preset.
+      overrides: key=value; `model=NAME` takes the preset to that architecture, the others change what comes of it.
+
     Raises:
-      UserError: no such preset; the message names the nearest and lists all.
+      UserError: no such preset; the message names the nearest and lists all. Or as `apply_overrides`.
     """
     if name not in PRESETS:
         raise UserError(unknown("preset", name, list(PRESETS)))
-    return PRESETS[name]()
+    config = PRESETS[name]()
+    if not overrides:
+        return config
+
+    from hope_jax.models import ARCHITECTURES
+    from hope_jax.training.architecture import with_architecture
+
+    words = [override.partition("=") for override in overrides]
+    named = [value for key, _, value in words if key in ("model", "model.name") and value in ARCHITECTURES]
+    return with_architecture(config, [config.model.name, *named][-1], overrides)
 
 
 def describe_presets() -> str:

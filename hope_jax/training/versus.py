@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from hope_jax.models import ARCHITECTURES, ModelConfig, count_parameters, match_parameters
+from hope_jax.models import ARCHITECTURES, count_parameters, match_parameters
+from hope_jax.training.architecture import with_architecture
 from hope_jax.training.config import TrainConfig, segment_length
 from hope_jax.training.distributed import is_primary
 from hope_jax.training.errors import UserError
@@ -37,26 +38,18 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
         )
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
-    changes: dict[str, Any] = {
-        "name": name,
-        "mlp_chunks": (),
-        "max_length": max(config.model.max_length, config.seq_len),
-    }
-    if not (has_cms := ARCHITECTURES[name].channel == "cms"):
-        changes |= {"cms_chunks": (), "bptt_chunks": (), "cms_variant": "sequential"}
-    if ARCHITECTURES[name].projections != config.model.architecture.projections:
-        changes["eta_init"] = ModelConfig.eta_init  # a step chosen for one kind of memory says nothing of another
+    changes: dict[str, Any] = {"max_length": max(config.model.max_length, config.seq_len)}
     if name == "transformer":
         changes["remat"] = "none"  # the fastest policy of attention: its speed is what ours is compared with
     try:
-        model = match_parameters(dataclasses.replace(config.model, **changes), count_parameters(config.model))
+        theirs = with_architecture(config, name)
+        model = match_parameters(dataclasses.replace(theirs.model, **changes), count_parameters(config.model))
     except ValueError as error:
         raise UserError(one_line(error)) from error
     multiple = config.document_multiple
     if config.documents in ("reset", "carry_reset"):
         multiple = math.lcm(config.segment, segment_length(model))
-    periods = config.cms_periods if has_cms else ()
-    return dataclasses.replace(config, model=model, cms_periods=periods, document_multiple=multiple)
+    return dataclasses.replace(theirs, model=model, document_multiple=multiple)
 
 
 def comparable(config: TrainConfig, name: str) -> TrainConfig:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from hope_jax.models import ModelConfig
+from hope_jax.models.config import NAMES
 from hope_jax.training.config import (
     TrainConfig,
     config_hash,
@@ -98,6 +99,17 @@ def test_presets_survive_yaml(name, tmp_path):
     assert read_config(tmp_path) == config
     assert "learning_rate: 1.0e-05" in (tmp_path / "config.yaml").read_text()
     assert name in describe_presets()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_takes_every_architecture(name):
+    for one in PRESETS:
+        layers = ["model.layers=2"] if one == "smoke" else []  # samba alternates two mixers
+        config = preset(one, [f"model={name}", *layers])
+        assert config.model.name == name and config.model.dim == preset(one).model.dim
+        assert config.model.has_cms or not config.cms_periods
+    with pytest.raises(UserError, match="has 2 CMS levels" if config.model.has_cms else "has no CMS levels"):
+        preset("tiny", [f"model={name}", "cms_periods=1,1,1"])
 
 
 def test_unknown_preset():
