@@ -25,7 +25,7 @@ import jax
 import optax
 
 from experiments import formal_languages, mqar, text
-from experiments.options import TINY_RESULTS, Options, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, model_config
 from experiments.running import Job, main
 from experiments.training import Batch, Model, Scores, cross_entropy, language_model, optimizer
 from hope_jax.models import ModelConfig
@@ -35,7 +35,6 @@ from hope_jax.training.optimizer import period_labels
 from hope_jax.training.overrides import unknown
 
 PERIODS = (1, 4)  # optimizer steps between two writes of a CMS level
-BYTES = 256
 replace = dataclasses.replace
 
 VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {

@@ -28,8 +28,7 @@ from typing import Any, ClassVar
 from experiments import text
 from experiments.cells import RAW_BITS, capped
 from experiments.context_use import by_place, windows
-from experiments.niah import BYTES
-from experiments.options import TINY_RESULTS, Options, at_least, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, at_least, model_config
 from experiments.running import Job, main
 from experiments.streaming import reader
 from experiments.training import Model, Scores, Trained, cross_entropy, language_model, train

@@ -64,7 +64,7 @@ from experiments.classifiers import (
 from experiments.continual_baselines import discriminant, nearest_mean
 from experiments.intents import HUB, SOURCES, DataSet, Examples, encode, load, tasks_of
 from experiments.one_pass import Stream, learn
-from experiments.options import TINY_RESULTS, Options, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, model_config
 from experiments.running import main
 from experiments.training import Model, Trained, cross_entropy, language_model, percent, say, train
 from hope_jax import cms_schedule
@@ -73,7 +73,6 @@ from hope_jax.training.errors import UserError
 from hope_jax.training.optimizer import decay_mask
 from hope_jax.training.overrides import unknown
 
-BYTES = 256
 WINDOW = 64  # of the text on which backbones are trained
 WINDOWS = 2048  # of it that whitening is made from
 TEXT_SEED = 1_000_003  # of those

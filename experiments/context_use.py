@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import text
-from experiments.niah import BYTES
-from experiments.options import TINY_RESULTS, Options, available, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, model_config
 from experiments.published import FROM
 from experiments.running import Job, main
 from experiments.streaming import Reader, reader, split
 from experiments.training import Scores, cross_entropy, language_model
+from hope_jax.models import ARCHITECTURES
 from hope_jax.training import documents
 from hope_jax.training.errors import UserError
 
@@ -47,9 +47,7 @@ class ContextOptions(Options):
       test_windows: how many, spread evenly over the held-out text.
     """
 
-    models: tuple[str, ...] = available(
-        "transformer", "swa", "mamba2", "gated_delta_net", "titans", "hope_attention", "hope"
-    )
+    models: tuple[str, ...] = tuple(ARCHITECTURES)
     chunks: tuple[int, ...] = (16,)
     batch_size: int = 8
     length: int = 512

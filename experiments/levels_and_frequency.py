@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from experiments import babilong, niah
 from experiments.needles import TASKS
-from experiments.options import TINY_RESULTS, Options, at_least, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, at_least, model_config
 from experiments.running import Job, main
 from experiments.streaming import answers, reader, split
 from experiments.training import Scores, cross_entropy, language_model
@@ -146,7 +146,7 @@ def needles(cell: LevelOptions) -> Job:
     """Needles at the training length: a cache no longer than that keeps attention cheap."""
     task = as_options(niah.NeedleOptions, cell)
     tests = niah.held_out(task, cell.length)
-    config = model_config(cell, vocab_size=niah.BYTES, length=cell.length)
+    config = model_config(cell, vocab_size=BYTES, length=cell.length)
     read = reader(config)
 
     def evaluate(params: Any) -> Scores:

@@ -43,8 +43,7 @@ import numpy as np
 
 from experiments import intents, text
 from experiments.intents import DataSet, Labelled
-from experiments.niah import BYTES
-from experiments.options import TINY_RESULTS, Options, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, model_config
 from experiments.published import PREFIXES
 from experiments.running import Job, main
 from experiments.training import Batch, Model, Scores, summed

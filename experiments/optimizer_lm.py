@@ -15,9 +15,8 @@ Cost of 400 steps at the defaults, compilation apart, in minutes of one core (AM
 import dataclasses
 
 from experiments import text
-from experiments.niah import BYTES
 from experiments.optimizer_comparison import ComparisonOptions, rule
-from experiments.options import TINY_RESULTS, model_config
+from experiments.options import BYTES, TINY_RESULTS, model_config
 from experiments.running import Job, main
 from experiments.training import cross_entropy, language_model
 

@@ -17,6 +17,8 @@ from hope_jax.training.overrides import apply_overrides, one_line, to_dict, unkn
 RESULTS = Path("experiments/results")
 TINY_RESULTS = Path("runs/experiments")
 STEADY: dict[str, Any] = {"eta_init": 0.002, "error_clip": 1.0}
+BYTES = 256  # tokens of a text that is read byte by byte
+TEST_SEED = 1_000_003  # of test data, apart from the seeds of training
 HOW_IT_RUNS = ("tiny", "overwrite", "results")  # fields that change no number
 
 
@@ -86,11 +88,6 @@ def at_least(options: Any, least: Mapping[str, int]) -> None:
     for name, value in least.items():
         if getattr(options, name) < value:
             raise UserError(f"{name} must be at least {value}; got {getattr(options, name)}")
-
-
-def available(*names: str) -> tuple[str, ...]:
-    """Those of `names` that the library has."""
-    return tuple(name for name in names if name in ARCHITECTURES)
 
 
 def from_command_line[T](cls: type[T], tiny: T, arguments: Sequence[str] | None = None) -> T:

@@ -21,7 +21,7 @@ from experiments import text
 from experiments.cells import RAW_BITS
 from experiments.context_use import windows
 from experiments.learners import Moving, learner, moving
-from experiments.options import Options, at_least, fingerprint, model_config
+from experiments.options import BYTES, Options, at_least, fingerprint, model_config
 from experiments.published import FORGOTTEN, GAINED
 from experiments.running import Job
 from experiments.sources import label
@@ -31,8 +31,6 @@ from hope_jax.training import documents
 from hope_jax.training.corpus import Corpus
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import one_line
-
-BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)

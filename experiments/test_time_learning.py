@@ -44,8 +44,7 @@ from experiments.cells import capped
 from experiments.context_use import by_place
 from experiments.gated_reading import first, gated_reader
 from experiments.long_texts import long_texts
-from experiments.niah import BYTES
-from experiments.options import TINY_RESULTS, Options, at_least, model_config
+from experiments.options import BYTES, TINY_RESULTS, Options, at_least, model_config
 from experiments.running import Job, main
 from experiments.sources import label
 from experiments.streaming import reader

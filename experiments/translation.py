@@ -33,8 +33,8 @@ import numpy as np
 
 from experiments import languages
 from experiments.domain_stream import TINY as DOMAIN_TINY
-from experiments.niah import TEST_SEED, as_array
-from experiments.options import at_least
+from experiments.niah import as_array
+from experiments.options import TEST_SEED, at_least
 from experiments.pairs import GENERATED, GENERATED_LANGUAGES, between, line, parallel, text_of
 from experiments.running import Job, main
 from experiments.sources import label

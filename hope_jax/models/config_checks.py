@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import typing
 from typing import TYPE_CHECKING
-
-from .architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from .config import ModelConfig
-
-_CHOICES = {
-    "name": tuple(ARCHITECTURES),
-    "memory": ("mlp", "linear"),
-    "objective": ("l2", "dot_product"),
-    "read": ("start", "before"),
-    "mlp_rule": ("input", "layerwise"),
-    "miras": ("moneta", "yaad", "memora"),
-    "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "full", "dots"),
-    "cms_variant": ("sequential", "nested", "independent"),
-    "cms_meta": ("first_order", "outer"),
-}
 
 
 def check(config: ModelConfig) -> None:
@@ -30,12 +17,19 @@ def check(config: ModelConfig) -> None:
     Raises:
       ValueError: the first field that is wrong.
     """
-    for field, choices in _CHOICES.items():
+    for field, choices in _choices(type(config)).items():
         require(getattr(config, field) in choices, f"{field} must be one of {choices}; got {getattr(config, field)!r}")
     _check_sizes(config)
     _check_attention(config)
     _check_memories(config)
     _check_fast_levels(config)
+
+
+@functools.cache
+def _choices(config: type[ModelConfig]) -> dict[str, tuple[str, ...]]:
+    """The values that fields of a `Literal` type may have."""
+    hints = typing.get_type_hints(config)
+    return {field: typing.get_args(hint) for field, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
 
 
 def require(condition: bool, message: str) -> None:

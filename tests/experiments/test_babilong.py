@@ -191,5 +191,7 @@ def test_what_cannot_be_is_refused():
         LongOptions(longest="2M")
     with pytest.raises(UserError, match="cache must hold a training document of 512 bytes; got 100"):
         LongOptions(cache=100)
+    with pytest.raises(UserError, match="test_documents must be at least 1; got 0"):
+        LongOptions(test_documents=0)
     with pytest.raises(UserError, match="qa9 needs the files of bAbI: give their folder with --babi"):
         source("qa9", None, "test", 100)

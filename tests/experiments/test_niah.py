@@ -122,6 +122,8 @@ def test_what_cannot_be_is_refused():
         NeedleOptions(tasks=("S-NIAH-4",))
     with pytest.raises(UserError, match="digits must lie between 1 and 18; got 0"):
         NeedleOptions(digits=0)
+    with pytest.raises(UserError, match="test_documents must be at least 1; got 0"):
+        NeedleOptions(test_documents=0)
     with pytest.raises(UserError, match=r"length 100 leaves -?[0-9]+ bytes of filler"):
         draw("MV-NIAH", length=100)
     with pytest.raises(UserError, match="the text has 2280 bytes, a haystack needs"):

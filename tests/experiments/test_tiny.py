@@ -1,4 +1,4 @@
-"""Every experiment's tiny mode runs from its command line and leaves records the report can read."""
+"""Every experiment's tiny mode runs, with one model, and leaves records the report can read."""
 
 import dataclasses
 import importlib
