@@ -21,6 +21,7 @@ from hope_jax.nesting import nest
 from hope_jax.objectives import clipped_dot_product, dot_product, huber_norm, l2_regression
 from hope_jax.placement import by_head
 from hope_jax.sequence_layer import SequenceLayer, identity_conv, l2_normalize, short_conv
+from hope_jax.surprise import gate_by_surprise, gated, init_surprise
 from hope_jax.transforms import dgd
 from hope_jax.types import Linear, Memory, Nest, NestState, Objective, Params, Write
 from hope_jax.writing import factored_errors
@@ -51,6 +52,9 @@ class SelfModifyingConfig:
     value_norm: bool = False  # True: v is l2-normalised like k, which bounds what a box can ask of itself
     eta_init: float = 0.02
     alpha_init: float = 0.99
+    surprise: float | None = None  # kappa: tokens whose error is less than so many averages are not written (7.8)
+    surprise_temperature: float = 0.0  # above 0 the gate is a sigmoid, which has a gradient
+    gate_retention: bool = False  # a shut gate forgets nothing either
     bptt_chunks: int | None = None  # cut the outer gradient after so many writes of every box
     remat: bool = True  # recompute each chunk in the backward pass: less memory, and faster on a CPU
 
@@ -64,6 +68,11 @@ class SelfModifyingConfig:
             raise ValueError(f"conv_window is a number of tokens, 0 for none; got {self.conv_window}")
         if self.eta_init <= 0:
             raise ValueError(f"eta_init must be positive; got {self.eta_init}")
+        if (self.surprise is not None and self.surprise < 0) or self.surprise_temperature < 0:
+            raise ValueError(
+                f"surprise and surprise_temperature must not be negative; got {self.surprise}, "
+                f"{self.surprise_temperature}"
+            )
         if not 0 < self.alpha_init < 1:
             raise ValueError(f"alpha_init is the RETAINED fraction and must lie in (0, 1); got {self.alpha_init}")
         for name, allowed in (
@@ -136,7 +145,10 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
     def init_state(params: Params) -> NestState:
         tail = jnp.zeros((max(config.conv_window - 1, 0), config.heads, config.head_width))
         starts = tuple(_join([params["boxes"][name] for name in names]) for _, names in config.groups)
-        return _nest(config, params).init(starts, carry={"q": tail, "k": tail, "v": tail})
+        carry: dict[str, Any] = {"q": tail, "k": tail, "v": tail}
+        if config.surprise is not None:
+            carry["surprise"] = init_surprise(config.heads)
+        return _nest(config, params).init(starts, carry=carry)
 
     def apply(params: Params, state: NestState, r_TD: jax.Array, phase: int | None = None, mask_T=None):
         tokens = _static_elements(config, params, r_TD)
@@ -147,10 +159,11 @@ def self_modifying(config: SelfModifyingConfig) -> SequenceLayer:
     return SequenceLayer(lambda key: _init(config, key), init_state, apply)
 
 
+OBJECTIVES = {"l2": (l2_regression, huber_norm), "dot_product": (dot_product, clipped_dot_product)}
+
+
 def _objective(config: SelfModifyingConfig) -> Objective:
-    plain, clipped = {"l2": (l2_regression, huber_norm), "dot_product": (dot_product, clipped_dot_product)}[
-        config.objective
-    ]
+    plain, clipped = OBJECTIVES[config.objective]
     return plain if config.error_clip is None else clipped(config.error_clip)
 
 
@@ -261,7 +274,7 @@ def _static_elements(config: SelfModifyingConfig, params: Params, r_TD: jax.Arra
 def _error(config: SelfModifyingConfig, memory: Memory, params: Params):
     """Make the elements of a piece, read mem, and give every box its error (spec 7.2-7.4)."""
 
-    def error(starts: tuple[Params, ...], tails: dict, piece: dict):
+    def error(starts: tuple[Params, ...], carry: dict, piece: dict):
         x_HCK = jnp.moveaxis(piece["x"], 0, 1)
         made, mem = {}, {}
         for (_, names), start in zip(config.groups, starts, strict=True):
@@ -270,29 +283,42 @@ def _error(config: SelfModifyingConfig, memory: Memory, params: Params):
                 made |= dict(zip(names, memory.apply(_take(config, start, 0, n), x_HCK), strict=False))
             if "mem" in names:
                 mem = _take(config, start, n, n + 1)
-        k, v, q, tails = _keys_values_queries(config, params, made, piece, tails)
+        k, v, q, carry = _keys_values_queries(config, params, made, piece, carry)
         gates = _gates(config, params, made, x_HCK)
         y_HCK = memory.apply(mem, q)[0] if config.read == "start" else None
-        writes = []
+        found = []
         for (_, names), start in zip(config.groups, starts, strict=True):
             value = memory.apply(start, v) if config.stage == 3 else jnp.broadcast_to(v, (len(names), *v.shape))
-            _, errors = factored_errors(memory, _objective(config), start, k, value)
-            writes.append(Write(errors, gates, q if "mem" in names else None, piece["mask"]))
-        return tuple(writes), tails, None if y_HCK is None else jnp.moveaxis(y_HCK, 1, 0)
+            read, errors = factored_errors(memory, _objective(config), start, k, value)
+            found.append((errors, q if "mem" in names else None))
+            if config.surprise is not None and "mem" in names:
+                wrong_HCK = OBJECTIVES[config.objective][0].delta(read[-1], value[-1])  # before any clipping
+                carry, gates = _surprised(config, carry, gates, wrong_HCK, piece["mask"])
+        writes = tuple(Write(errors, gates, queries, piece["mask"]) for errors, queries in found)
+        return writes, carry, None if y_HCK is None else jnp.moveaxis(y_HCK, 1, 0)
 
     return error
 
 
-def _keys_values_queries(config: SelfModifyingConfig, params: Params, made: dict, piece: dict, tails: dict):
-    """q, k, v [H, C, K] after convolution and normalisation (S7.2), and the new tails."""
-    out, new = {}, {}
+def _surprised(config: SelfModifyingConfig, carry: dict, gates: dict, error_HCK: jax.Array, mask_C: Any):
+    """The gates of tokens that make this error of mem (spec 7.8)."""
+    kappa = config.surprise
+    assert kappa is not None
+    state, gate_HC = gate_by_surprise(
+        carry["surprise"], error_HCK, mask_C, config.chunk_mem, kappa, config.surprise_temperature
+    )
+    return carry | {"surprise": state}, gated(gates, gate_HC, retention=config.gate_retention)
+
+
+def _keys_values_queries(config: SelfModifyingConfig, params: Params, made: dict, piece: dict, carry: dict):
+    """q, k, v [H, C, K] after convolution and normalisation (S7.2), and the carry with the new tails."""
+    out, new = {}, dict(carry)
     for name in ("q", "k", "v"):
         raw = jnp.moveaxis(made[name], 1, 0) if name in made else piece[name]  # [C, H, K]
         if piece["mask"] is not None:
             raw = jnp.where(piece["mask"][:, None, None], raw, 0.0)
-        new[name] = tails[name]
         if config.conv_window:
-            new[name], raw = short_conv(params["conv"][name], tails[name], raw)
+            new[name], raw = short_conv(params["conv"][name], carry[name], raw)
         unit = name != "v" or config.value_norm
         out[name] = jnp.moveaxis(l2_normalize(raw) if unit else raw, 0, 1)
     return out["k"], out["v"], out["q"], new

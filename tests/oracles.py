@@ -192,6 +192,7 @@ def self_modifying_loop(config, params, r, mask=None):
         run = {b: dict(p) for b, p in start.items()}
         z = {b: {n: np.zeros_like(w) for n, w in p.items()} for b, p in start.items()}
         past = {n: [np.zeros(width)] * max(window - 1, 0) for n in "qkv"}
+        usual, surprises = 0.0, []  # of the chunk
         for t in range(len(r)):
             keep = mask is None or mask[t]
             x = (r[t] @ params["in_proj"] if config.heads > 1 else r[t])[cut] / np.sqrt(width)
@@ -210,6 +211,16 @@ def self_modifying_loop(config, params, r, mask=None):
 
             eta = softplus(gate("eta"))
             alpha = sigmoid(gate("alpha")) if config.retention else 1.0
+            if config.surprise is not None:
+                value = mlp_read(start["mem"], v) if config.stage == 3 else v
+                s = np.linalg.norm(mlp_read(start["mem"], k) - value if config.objective == "l2" else value)
+                opened = float(s >= config.surprise * usual)
+                if config.surprise_temperature:
+                    over = s / usual - config.surprise if usual else np.inf
+                    opened = sigmoid(over / config.surprise_temperature)
+                surprises += [s] if keep else []
+                eta = opened * eta
+                alpha = 1 - opened * (1 - alpha) if config.gate_retention else alpha
             mu = sigmoid(gate("mu")) if config.momentum == "gate" else config.momentum
             ys[t, cut] = mlp_read((start if config.read == "start" else run)["mem"], q)
             for b in start:
@@ -228,6 +239,9 @@ def self_modifying_loop(config, params, r, mask=None):
             for b in start:
                 if (t + 1) % (config.chunk_mem if b == "mem" else config.chunk_proj) == 0:
                     start[b] = dict(run[b])
+            if (t + 1) % config.chunk_mem == 0 and surprises:
+                usual = 0.9 * usual + 0.1 * np.mean(surprises) if usual else np.mean(surprises)
+                surprises = []
     return ys
 
 

@@ -80,6 +80,12 @@ SWITCHES = {
     "values of unit norm": {"value_norm": True},
     "dot product": {"objective": "dot_product", "value_norm": True},
     "dot product of matrix memories, clipped": {"memory": "linear", "objective": "dot_product", "error_clip": 0.1},
+    "hard surprise gate": {"surprise": 1.0, "error_clip": 0.5},
+    "soft surprise gate of writing and forgetting": {
+        "surprise": 1.0,
+        "surprise_temperature": 0.5,
+        "gate_retention": True,
+    },
     "matrix memories, running read, stage 2": {"memory": "linear", "read": "before", "stage": 2},
 }
 
@@ -410,7 +416,7 @@ def test_a_switch_changes_only_what_it_names():
     assert set(default) == {"k", "v", "eta", "alpha", "mem"}
     same = ({"dgd_decay": False}, {"momentum": None}, {"retention": False}, {"stage": 2}, {"exact": False})
     same += ({"mlp_rule": "layerwise"}, {"read": "before"}, {"conv_window": 0}, {"remat": False})
-    same += ({"error_clip": 0.5}, {"value_norm": True})
+    same += ({"error_clip": 0.5}, {"value_norm": True}, {"surprise": 1.0, "gate_retention": True})
     for switch in same:
         assert shapes(change(**switch)) == default
     for box in ("k", "v"):
@@ -428,6 +434,7 @@ def test_a_switch_changes_only_what_it_names():
         ({"read": "after"}, "'after'"),
         ({"mlp_rule": "none"}, "'none'"),
         ({"static": ("q",)}, "'q'"),
+        ({"surprise": -1.0}, "must not be negative; got -1.0"),
         ({"chunk_proj": 4, "chunk_mem": 6}, r"\[4, 6\]"),
     ],
 )

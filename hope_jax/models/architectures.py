@@ -199,6 +199,9 @@ def _self_modifying(c: ModelConfig) -> SequenceLayer:
             conv_window=c.conv_window,
             value_norm=c.value_norm,
             error_clip=c.error_clip,
+            surprise=c.surprise,
+            surprise_temperature=c.surprise_temperature,
+            gate_retention=c.gate_retention,
             eta_init=c.eta_init,
             remat=c.remat != "none",
         )

@@ -48,6 +48,10 @@ class ModelConfig:
       value_norm: values get unit length, as keys do. Without it the boxes, which regress values they make
         themselves, can feed on their own growth until they overflow (experiments/LOG.md).
       error_clip: norm to which longer errors of a box are cut (with "l2" that is Huber's loss); None = never.
+      surprise: of self-modifying Titans: only tokens whose error is at least so many times the average over earlier
+        chunks are written (spec 7.8); None = all.
+      surprise_temperature: above 0 the gate is a sigmoid of this width, which has a gradient.
+      gate_retention: a token that is not written makes nothing forget either.
       eta_init: inner step size at the start of training.
       out_gate: gate the self-modifying output by silu(r @ w_gate).
       cms_hidden: hidden width of each CMS level, fast first.
@@ -103,6 +107,9 @@ class ModelConfig:
     conv_window: int = 4
     value_norm: bool = True
     error_clip: float | None = None
+    surprise: float | None = None
+    surprise_temperature: float = 0.0
+    gate_retention: bool = False
     eta_init: float = 0.02
     out_gate: bool = True
     cms_hidden: tuple[int, ...] = (128, 128)

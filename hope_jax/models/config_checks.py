@@ -119,6 +119,9 @@ def _check_memories(config: ModelConfig) -> None:
     require(
         clip is None or (_is_number(clip) and clip > 0), f"error_clip must be None or a positive number; got {clip!r}"
     )
+    for field in ("surprise", "surprise_temperature"):
+        value = getattr(config, field)
+        require(value is None or value >= 0, f"{field} must not be negative; got {value}")
     require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
     require(0 < config.erase_max <= 2, f"erase_max must lie in (0, 2]; got {config.erase_max}")
     require(set(config.static) <= {"k", "v"}, f"static holds some of 'k' and 'v'; got {config.static}")
