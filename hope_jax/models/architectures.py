@@ -188,6 +188,7 @@ def _self_modifying(c: ModelConfig) -> SequenceLayer:
             objective=c.objective,
             chunk_proj=c.chunk_proj,
             chunk_mem=c.chunk_mem,
+            stage=c.stage,
             read=c.read,
             adaptive_q=c.adaptive_q,
             static=c.static,

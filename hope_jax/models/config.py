@@ -32,6 +32,8 @@ class ModelConfig:
       chunk_mem: tokens per write of the main memory, of every architecture with a memory that is read or whose errors
         are taken at the chunk's start.
       read: "start" reads the weights of the chunk start, "before" the running ones (spec 7.3).
+      stage: of self-modifying Titans: 1 writes the main memory alone, 2 teaches every box the value v, 3 each the value
+        that it makes itself of v (spec 7.1).
       objective: of self-modifying Titans' boxes: "l2" (93), or "dot_product" (92), which makes matrix boxes gated delta
         rules, and without `dgd_decay` and `retention` sums of what they are told.
       momentum: decay of the write momentum, "gate" for one made from the token, None for no momentum.
@@ -93,6 +95,7 @@ class ModelConfig:
     chunk_proj: int = 4
     chunk_mem: int = 4
     read: Literal["start", "before"] = "start"
+    stage: Literal[1, 2, 3] = 3
     objective: Literal["l2", "dot_product"] = "l2"
     momentum: float | Literal["gate"] | None = 0.9
     retention: bool = True

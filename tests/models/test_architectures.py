@@ -61,7 +61,7 @@ def test_a_hybrid_needs_whole_rounds_of_its_mixers():
 SWITCHES = {"memory": "linear", "objective": "dot_product", "read": "before", "momentum": None, "retention": False}
 SWITCHES |= {"dgd_decay": False, "exact": False, "mlp_rule": "layerwise", "adaptive_q": True, "static": ("k",)}
 SWITCHES |= {"conv_window": 0, "value_norm": False, "error_clip": 0.5, "chunk_proj": 4, "chunk_mem": 4}
-SWITCHES |= {"surprise": 1.0}
+SWITCHES |= {"surprise": 1.0, "stage": 2}
 
 
 def test_every_switch_of_hope_reaches_its_boxes():
