@@ -56,7 +56,7 @@ class ModelConfig:
       gate_retention: a token that is not written makes nothing forget either.
       eta_init: inner step size at the start of training.
       out_gate: gate the self-modifying output by silu(r @ w_gate).
-      cms_hidden: hidden width of each CMS level, fast first.
+      cms_hidden: hidden width of each CMS level, fast first; () = no CMS, blocks of a mixer alone.
       cms_chunks: chunk sizes in tokens of the FAST levels, which are the first `len(cms_chunks)` levels and
         adapt inside the sequence; () = every level is an ordinary parameter. Each size divides the next.
       cms_eta: step of the fast levels; a level of C tokens steps by `cms_eta / C` times its summed gradient.

@@ -66,10 +66,6 @@ def _check_sizes(config: ModelConfig) -> None:
         f"rotary positions need an even head width; got {config.head_width} from dim={config.dim}, "
         f"heads={config.heads}",
     )
-    require(
-        not config.has_cms or len(config.cms_hidden) > 0,
-        "cms_hidden needs at least one width; got (), for example cms_hidden=(128,)",
-    )
     mixers = len(config.architecture.mixers)
     require(
         config.layers % mixers == 0,

@@ -53,10 +53,10 @@ def add_fast_level(
 
 def with_fast_level(config: ModelConfig, hidden: int | None = None) -> ModelConfig:
     """The config of `add_fast_level`; the arguments and errors are the same."""
-    if not config.has_cms:
+    if not config.has_cms or not config.cms_hidden:
         raise ValueError(
             f"add_fast_level puts a level in front of a CMS; name={config.name!r} has none: "
-            "take name='hope' or 'hope_attention'"
+            "take name='hope' or 'hope_attention', and one level at least"
         )
     if config.cms_chunks:
         raise ValueError(

@@ -55,6 +55,8 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
 def _fit_width(config: ModelConfig, target: int) -> ModelConfig | None:
     """Solve for the width of what follows the mixer: the count is linear in it."""
     one, two = (count_parameters(_with_width(config, width)) for width in (1, 2))
+    if one == two:  # no CMS level: `dim` alone decides
+        return config if abs(one - target) <= TOLERANCE * target else None
     hidden = 1 + round((target - one) / (two - one))
     if hidden < 1 or abs(one + (hidden - 1) * (two - one) - target) > TOLERANCE * target:
         return None

@@ -81,6 +81,18 @@ def test_every_switch_of_hope_reaches_its_boxes():
     assert len({program(surprise=1.0, **more) for more in gates}) == len(gates)
 
 
+def test_hope_without_cms():
+    """`cms="none"` of spec 8.4: what is left of a block is its mixer."""
+    config = ModelConfig(name="hope", dim=16, layers=2, memory_hidden=8, cms_hidden=())
+    shapes = jax.eval_shape(build_lm(config).init, jax.random.key(0))
+    assert set(shapes["blocks"]) == {"mixer", "mixer_norm"}
+    lm, tokens = build_lm(config), jnp.arange(12)[None] % 5
+    params = lm.init(jax.random.key(0))
+    assert np.isfinite(lm.apply(params, lm.init_state(params, 1), tokens, phase=0)[1]).all()
+    wider = dataclasses.replace(config, dim=20)
+    assert match_parameters(config, count_parameters(wider)) == wider  # there is no other width to fit
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -15,7 +15,7 @@ from hope_jax.models import ModelConfig, count_parameters, match_parameters
         ({"name": "transformer", "dim": 30, "heads": 2}, "even head width; got 15"),
         ({"layers": 0}, "layers must be a positive integer; got 0"),
         ({"dim": 64.0}, "dim must be a positive integer; got 64.0"),
-        ({"cms_hidden": ()}, r"cms_hidden needs at least one width; got \(\)"),
+        ({"cms_hidden": (), "cms_chunks": (4,)}, r"cms_chunks \(4,\) has more entries than cms_hidden \(\)"),
         ({"cms_hidden": (32, 0)}, "each entry of cms_hidden must be a positive integer; got 0"),
         ({"momentum": 1.0}, "momentum must be None, 'gate' or a number in"),
         ({"momentum": "gates"}, "got 'gates'"),
