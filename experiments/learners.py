@@ -23,7 +23,7 @@ import jax
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.models.fast_levels import with_fast_levels
 from hope_jax.models.fast_weights import fast_weights
-from hope_jax.online.consolidate import distil
+from hope_jax.online import distil
 from hope_jax.training.documents import cross_entropy
 from hope_jax.training.errors import UserError
 

@@ -3,11 +3,12 @@
     python -m experiments.surprise_gates --run runs/tiny --data FILE... [--tokens 16384] [--tiny]
 
 A session reads the first `tokens` bytes of every text once under each gate. Between "never" (a frozen model that
-carries its context) and "always" lie the gates that look at the surprise of a chunk; "random" writes a share of the
-chunks without looking, and "oracle" writes a chunk if that lowers the loss of the next `look` chunks, which no gate
-can know. "gain" is what a gate saves of the loss on the second half of the text, as a share of what "always" saves;
-mean and standard deviation over the texts, no number where "always" saves nothing. A gate is worth its name if it lies
-above "random" at its share written.
+carries its context) and "always" lie the gates that look at the surprise of a chunk: "threshold" at a fixed number of
+nats per token, which suits one model and text, the others beside that of the chunks before. "random" writes a share
+of the chunks without looking, and "oracle" writes a chunk if that lowers the loss of the next `look` chunks, which no
+gate can know. "gain" is what a gate saves of the loss on the second half of the text, as a share of what "always"
+saves; mean and standard deviation over the texts, no number where "always" saves nothing. A gate is worth its name if
+it lies above "random" at its share written.
 
 The picture is plots/surprise_gates.png, the numbers results/surprise_gates.json.
 """
@@ -18,7 +19,6 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -30,10 +30,14 @@ from experiments.plots import figure_of, save
 from experiments.records import write_json
 from experiments.sessions import session_maker, text_of
 from hope_jax import online
+from hope_jax.online.report import join
 from hope_jax.training.errors import UserError
 
 ORACLE, RANDOM = "oracle", "random"
-GATES = ("never", "budget:0.125", "budget:0.25", "budget:0.5", "ema:1.2", "ema:1.0", "ema:0.8", "always")
+GATES = (
+    *("never", "always", "threshold:2.0", "threshold:2.5", "threshold:3.0"),
+    *("budget:0.125", "budget:0.25", "budget:0.5", "ema:1.2", "ema:1.0", "ema:0.8"),
+)
 SHARES = (0.125, 0.25, 0.5)
 
 
@@ -88,7 +92,7 @@ def read_randomly(session: online.Session, text: np.ndarray, share: float, seed:
     session.observe(text[:1])  # from here on a call of `size` tokens completes one chunk and its targets
     for begin in range(1, len(text), size):
         reports.append(session.observe(text[begin : begin + size], update_allowed=rng.random() < share).chunks)
-    return _reading(_joined(reports))
+    return _reading(join(reports, size, len(session.clocks)))
 
 
 def read_with_oracle(session: online.Session, text: np.ndarray, look: int) -> Reading:
@@ -102,11 +106,7 @@ def read_with_oracle(session: online.Session, text: np.ndarray, look: int) -> Re
         better = len(ahead) == 0 or written.score(ahead) < left.score(ahead)
         session, report = (written, mine) if better else (left, theirs)
         reports.append(report.chunks)
-    return _reading(_joined(reports))
-
-
-def _joined(reports: list) -> online.ChunkReport:
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *reports)
+    return _reading(join(reports, size, len(session.clocks)))
 
 
 def _reading(chunks: online.ChunkReport) -> Reading:
@@ -166,6 +166,7 @@ def draw(found: dict[str, list[Reading]], options: GateOptions) -> Path:
     for family, marker in (
         ("budget", "o"),
         ("ema", "s"),
+        ("threshold", "D"),
         (RANDOM, "x"),
         (ORACLE, "*"),
         ("always", "^"),

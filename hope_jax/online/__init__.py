@@ -2,6 +2,7 @@
 
 from .consolidate import Consolidated as Consolidated
 from .consolidate import consolidate as consolidate
+from .consolidate import distil as distil
 from .gates import Gate as Gate
 from .gates import always as always
 from .gates import budget as budget

@@ -1,11 +1,12 @@
 """`hope chat`: a conversation on the terminal that shows what is learned while it is learned."""
 
 import contextlib
+import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -20,8 +21,10 @@ from hope_jax.training.watch import sparkline
 PROMPT = "> "
 WIDTH = 16  # characters of a bar
 CURVE = 40  # of the line of losses
-# What would move the cursor or colour the terminal is shown as a mark.
-CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+BYTES = "surrogateescape"  # bytes that are not UTF-8 are half characters in a line, and bytes again for the session
+# What would move the cursor or colour the terminal, and half characters, are shown as a mark.
+UNSHOWN = [*range(32), *range(127, 160), *range(0xD800, 0xE000)]
+CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in UNSHOWN if chr(code) not in "\n\t"}
 HELP = """a line          is read, learned from and continued
 /tell TEXT      reads a line and learns from it, without an answer
 /load FILE      reads a text file
@@ -88,7 +91,7 @@ class Chat:
 
     def read(self, text: str) -> None:
         """Reads a text and shows what it did."""
-        self.console.print(learned(self.session.observe(text, update_allowed=self.learn)))
+        self.console.print(learned(self.session.observe(text.encode(errors=BYTES), update_allowed=self.learn)))
 
     def answer(self) -> None:
         """Streams what comes next, to the end of the line."""
@@ -114,7 +117,7 @@ class Chat:
 
     def score(self, text: str) -> None:
         """/score"""
-        self.say(f"{self.session.score(text):.3f} nats/token")
+        self.say(f"{self.session.score(text.encode(errors=BYTES)):.3f} nats/token")
 
     def levels(self, _: str) -> None:
         """/levels"""
@@ -226,11 +229,19 @@ def chat(
     conversation = Chat(session, file, console, **options)
     clocks = ", ".join(f"{clock:,}" for clock in session.clocks) or "none"
     conversation.say(f"{run_dir}: {session.tokens:,} tokens read before; levels write every {clocks} tokens; /help")
-    conversation.run(_typed() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin))
+    conversation.run(_typed() if sys.stdin.isatty() else _piped(sys.stdin.buffer))
 
 
-def _typed() -> Iterable[str]:
+def _piped(file: BinaryIO) -> Iterator[str]:
+    """Lines of a file or another program."""
+    for line in file:
+        yield line.removesuffix(b"\n").removesuffix(b"\r").decode(errors=BYTES)
+
+
+def _typed() -> Iterator[str]:
     """Lines from the keyboard; Ctrl-C in an empty line ends like Ctrl-D."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors=BYTES)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines and knows those before)
     while True:

@@ -55,6 +55,8 @@ def consolidate(
     Args:
       session: with CMS levels; it stays as it is.
       replay: the text, bytes or tokens to replay: the buffer. What is kept of the fast level is kept on text like this.
+        It is read in rows of `ROW` tokens (or of the model's longest context); the oldest tokens that fill none are
+        left out.
       level: the level that is emptied, "fast", a name or a number.
       steps: of Adam.
       learning_rate: of Adam.
@@ -161,12 +163,12 @@ def _level(session: Session, level: str | int) -> int:
 
 
 def _rows(session: Session, replay: Text) -> np.ndarray:
-    """[B, T] tokens, the last ones of a row that is not full left out."""
+    """[B, T] tokens, the newest ones."""
     tokens = session.encode(replay)
     length = min(ROW, len(tokens), session.model.max_length if session.model.architecture.cache else ROW)
     if length < 2:
         raise UserError(f"a replay needs at least two tokens; got {len(tokens)}")
-    return tokens[: len(tokens) // length * length].reshape(-1, length).astype(np.int32)
+    return tokens[len(tokens) % length :].reshape(-1, length).astype(np.int32)
 
 
 def _with_level(session: Session, index: int, matrices: Any) -> Session:

@@ -18,11 +18,17 @@ ASIDE = ("remat", "bptt_chunks")
 def config_fingerprint(config: ModelConfig) -> str:
     """Sixteen hexadecimal digits that differ when the model or the clocks and steps of its levels do.
 
+    Fields at their default do not count, so that files of sessions stay readable when the config gets a field more.
+    (Where a default changes, `session_file.FORMAT` has to change too.)
+
     Example:
       >>> config_fingerprint(ModelConfig(remat="full")) == config_fingerprint(ModelConfig())
       True
     """
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ASIDE}
+    usual = dataclasses.asdict(type(config)())
+    fields = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ASIDE and value != usual[name]
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -58,7 +58,10 @@ def _config_of(run_dir: Path) -> ModelConfig:
     """Of a run's model, without reading its parameters."""
     from hope_jax.training.config import read_config
 
-    return dataclasses.replace(read_config(run_dir).model, remat="none")
+    try:
+        return dataclasses.replace(read_config(run_dir).model, remat="none")
+    except OSError as error:
+        raise UserError(f"cannot read the run {str(run_dir)!r:.80}: {error.strerror}; give another place") from error
 
 
 def _of_run(run_dir: Path, config: ModelConfig, **options: Any) -> Session:
@@ -66,7 +69,8 @@ def _of_run(run_dir: Path, config: ModelConfig, **options: Any) -> Session:
     from hope_jax.training.run_dir import read_seen_bytes, run_vocabulary
 
     _, params = load_pretrained(run_dir)
-    known = {"vocabulary": run_vocabulary(run_dir), "seen": read_seen_bytes(run_dir), "run": str(run_dir)}
+    run = str(run_dir.resolve())  # a session's file is opened from other folders too
+    known = {"vocabulary": run_vocabulary(run_dir), "seen": read_seen_bytes(run_dir), "run": run}
     return Session(config, params, **{**known, **options})
 
 

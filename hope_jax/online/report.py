@@ -20,7 +20,7 @@ class LevelReport(NamedTuple):
     updates: int  # how often it changed
     pending: int  # tokens that wait for its next write
     step: float  # norm of its last change over the norm of its start weights
-    gradient: float  # norm of the mean gradient of its last write
+    gradient: float  # norm of the mean gradient of its last write (of a nested level, after which it went on)
     moved: float  # distance from its start weights over their norm; nan without a whole chunk
     dead: bool  # its gradient is nothing beside that of the others
 
@@ -111,7 +111,8 @@ def summarize(
     """
     ran = ~chunks.rolled_back
     changed = chunks.fired & (chunks.step > 0)  # due, and something was taught since the last time
-    gradients = [_last(chunks.gradient[:, i], changed[:, i]) for i in range(len(clocks))]
+    known = changed & ~np.isnan(chunks.gradient)
+    gradients = [_last(chunks.gradient[:, i], known[:, i]) for i in range(len(clocks))]
     least = DEAD * max(gradients, default=0.0)
     # A level that never changes is dead if every chunk taught; else it may not have been its turn.
     learned = changed.any(axis=0) | ~(chunks.fired.any(axis=0) & chunks.wrote.all())
@@ -124,7 +125,7 @@ def summarize(
             step=_last(chunks.step[:, i], changed[:, i]),
             gradient=gradients[i],
             moved=float(chunks.moved[-1, i]) if len(chunks.moved) else math.nan,
-            dead=bool(~learned[i]) or (bool(changed[:, i].any()) and gradients[i] < least),
+            dead=bool(~learned[i]) or (bool(known[:, i].any()) and gradients[i] < least),
         )
         for i, clock in enumerate(clocks)
     )

@@ -35,7 +35,7 @@ from hope_jax.online.reading import finite, joined, pieces, report_json, without
 from hope_jax.online.report import Report
 from hope_jax.online.session import FAST, Session
 from hope_jax.online.session_file import MOST_HEADER
-from hope_jax.online.users import Held, Refused, Users
+from hope_jax.online.users import LOG, Held, Refused, Users
 from hope_jax.training.errors import UserError
 
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -282,14 +282,22 @@ async def upload(request: Request, user: str) -> dict[str, Any]:
     path = users.directory / f".{uuid.uuid4().hex}"
     async with users.hold(user, load=False) as held:
         try:
-            with path.open("wb") as file:
-                async for part in request.stream():
-                    file.write(part)
+            await _write(path, request)
             session = await users.run(lambda: users.open(path))
         finally:
             path.unlink(missing_ok=True)
         await held.replace(session)
         return await _telemetry(held)
+
+
+async def _write(path: Path, request: Request) -> None:
+    try:
+        with path.open("wb") as file:
+            async for part in request.stream():
+                file.write(part)
+    except OSError as error:
+        LOG.error("an upload cannot be written to %s: %s", path.parent, error.strerror)
+        raise Refused(503, "the file cannot be written; the service's log says why, try again later") from error
 
 
 async def _telemetry(held: Held) -> dict[str, Any]:

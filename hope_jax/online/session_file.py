@@ -23,7 +23,7 @@ import numpy as np
 from hope_jax.training.errors import UserError
 from hope_jax.training.files import write_bytes
 
-FORMAT = "hope_jax session 1"
+FORMAT = "hope_jax session 2"
 MOST_HEADER = 1 << 20  # bytes; that of a session has a few kilobytes
 PRIVATE = 0o600  # the last tokens of somebody's text are in it
 PATIENCE = 30.0  # seconds to wait for another process that saves into the same folder

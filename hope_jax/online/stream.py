@@ -56,7 +56,8 @@ class ChunkReport(NamedTuple):
     rolled_back: Array  # [...] bool, something was not finite: nothing of the chunk is left, nor of what was pending
     fired: Array  # [..., L] bool, the level's clock was due
     step: Array  # [..., L] float32, norm of the level's change over the norm of its start weights
-    gradient: Array  # [..., L] float32, norm of the mean gradient over the level's chunk, of levels that fired
+    gradient: Array  # [..., L] float32, norm of the mean gradient over the level's chunk, of levels that fired;
+    # nan where a nested level started again, which leaves nothing of its own step
     moved: Array  # [..., L] float32, distance from the start weights over their norm
 
 
@@ -216,10 +217,14 @@ def _movement(
     step_BL = _norms(jax.tree.map(jnp.subtract, after, before))
     unclamped_BL = _norms(jax.tree.map(jnp.subtract, model.weights(written), before))
     every_BL = jnp.array([[chunk // model.size for chunk in config.fast_chunks]])
+    fired_BL = (new.phase[:, None] % every_BL == 0) & ran_B[:, None]
+    slower_fired_BL = jnp.pad(fired_BL[:, 1:], ((0, 0), (0, 1)))
+    again_BL = slower_fired_BL & (config.cms_variant == "nested")
     return {
-        "fired": (new.phase[:, None] % every_BL == 0) & ran_B[:, None],
+        "fired": fired_BL,
         "step": step_BL / norm_BL,
-        "gradient": unclamped_BL / config.cms_eta,  # a step is eta times the mean of the chunk's gradients
+        # A step is eta times the mean of the chunk's gradients.
+        "gradient": jnp.where(again_BL, jnp.nan, unclamped_BL / config.cms_eta),
         "moved": _norms(jax.tree.map(jnp.subtract, after, start)) / norm_BL,
     }
 

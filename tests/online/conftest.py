@@ -8,6 +8,12 @@ from hope_jax.models import ModelConfig, build_lm
 from tests.training.conftest import _compile_once, program_cache  # noqa: F401  the same small programs in every file
 
 SMALL = {"dim": 16, "layers": 1, "heads": 2, "cms_hidden": (32, 32), "cms_chunks": (8, 32)}
+OTHERS = {
+    "hope": {"name": "hope", "memory": "linear", "chunk_proj": 4, "chunk_mem": 4, **SMALL},
+    "nested": {"name": "hope_attention", "cms_variant": "nested", "max_length": 96, **SMALL},
+    "no fast levels": {"name": "hope", "memory": "linear", "dim": 16, "layers": 1, "chunk_mem": 4},
+    "MLPs of layers": {"name": "transformer", "dim": 16, "layers": 2, "mlp_chunks": (8, 16), "max_length": 96},
+}
 
 
 @pytest.fixture(scope="session")

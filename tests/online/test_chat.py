@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hope_jax import online
 from hope_jax.cli import main
-from hope_jax.online.chat import Chat
+from hope_jax.online.chat import Chat, _typed, chat
 from hope_jax.online.learn import learn_file, read_with_progress, start_or_continue
 from hope_jax.training.errors import UserError
 
@@ -92,6 +92,27 @@ def run(config, params, tmp_path, monkeypatch):
     monkeypatch.setattr("hope_jax.online.keeping._config_of", lambda run: config)
     monkeypatch.setattr("hope_jax.online.keeping._of_run", of_run)
     return tmp_path / "run"
+
+
+def test_what_a_pipe_sends_is_read_byte_by_byte(run, config, params, tmp_path, monkeypatch, capsys):
+    """Lines that are not UTF-8, whatever the locale reads, and those before and after them."""
+    sent = b"/tell good\r\n/tell caf\xe9 \xff\n/load \xff\n/score \xff\xfe\n/tell \xc3\xa9"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), encoding="utf-8"))
+    chat(run, tmp_path / "alice.hope", [])
+    shown = capsys.readouterr().out
+    assert "cannot read \N{REPLACEMENT CHARACTER}: No such file" in shown and "nats/token" in shown
+    other = online.Session(config, params)
+    other.observe(b"good\ncaf\xe9 \xff\n\xc3\xa9\n")
+    assert online.open(tmp_path / "alice.hope", config, params).digest() == other.digest()
+
+
+def test_a_bad_byte_at_the_terminal_is_a_byte(session, config, params, monkeypatch):
+    keyboard = io.TextIOWrapper(io.BytesIO(b"/tell caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    converse(session, *_typed())
+    other = online.Session(config, params)
+    other.observe(b"caf\xe9\n")
+    assert session.digest() == other.digest()
 
 
 def test_what_learn_cannot_save_is_beside(run, config, params, tmp_path, monkeypatch):
@@ -208,7 +229,7 @@ def test_learned_in_one_command_and_answered_in_another(tmp_path, capsys, monkey
     assert main(ask) == 0
     assert capsys.readouterr().out == first  # the file is as it was
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/levels\n/tell more\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/levels\n/tell more\n")))
     assert main(["chat", str(run), "--session", session]) == 0
     assert f"saved {session}" in capsys.readouterr().out
     assert main([*learn, "cms_eta=0.25"]) == 2

@@ -54,6 +54,13 @@ def test_an_ordinary_level_takes_it_into_the_parameters(config, params):
         rested.diff(session)
 
 
+def test_the_newest_of_the_buffer_is_replayed(session):
+    """Tokens that fill no row are the oldest: of 100 in rows of 96, the model's longest context, the first four."""
+    short, done = online.consolidate(session, TEXT[:96], steps=5)
+    long, _ = online.consolidate(session, "old " + TEXT[:96], steps=5)
+    assert done.tokens == 96 and long.digest() == short.digest() != session.digest()
+
+
 def test_the_chains_see_what_the_blocks_give_them(config, params):
     """Applying every chain to its inputs gives the inputs of the next layer's mixer: rebuilt from the whole model."""
     config = dataclasses.replace(config, layers=1, cms_chunks=())

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hope_jax import online
@@ -13,7 +14,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser: pip install 'hope-jax[browser]'")
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,6 +30,9 @@ REMEMBER = """() => {
 UNNAMED = """() => [...document.querySelectorAll('input, textarea, button')].filter(one =>
     !(one.labels && one.labels.length) && !one.textContent.trim() && !one.getAttribute('aria-label')
 ).map(one => one.id)"""
+# What is drawn: how high each chunk's loss lies on the curve, in the order of the stream (y points downwards).
+HEIGHTS = """name => document.querySelector(`#curve polyline.${name}`).getAttribute("points").split(" ")
+    .map(point => -Number(point.split(",")[1]))"""
 LINE = "The password of the archive is swordfish.\n"
 
 
@@ -70,15 +74,19 @@ def read(page, text):
     playwright.expect(page.locator("#status")).to_contain_text("tokens read,", timeout=120_000)
 
 
-def test_levels_light_up_and_the_loss_falls(page, tmp_path):
+def test_levels_light_up_and_the_loss_falls(page, config, params, tmp_path):
     assert TOKEN not in page.url
     page.fill("#user", "ann")
     page.evaluate(REMEMBER)
-    before = page.inner_text("#loss")
     read(page, LINE * 8)
     assert page.evaluate("[...window.lit].sort()") == ["level_0", "level_1"]
-    assert page.inner_text("#loss") != before and "→" in page.inner_text("#loss")
-    assert page.locator("#curve polyline").count() == 2
+    chunks = online.Session(config, params).observe(LINE * 8).chunks
+    last = [float(word) for word in page.inner_text("#loss").removesuffix("nats per token").split("→")]
+    assert last == pytest.approx([chunks.before[-1], chunks.after[-1]], abs=1e-3) and last[1] < last[0]
+    before, after = (np.array(page.evaluate(HEIGHTS, name)) for name in ("before", "after"))
+    assert len(before) == len(after) == len(chunks.before)
+    assert before[-10:].mean() < before[:10].mean() and after[-10:].mean() < after[:10].mean()  # along the stream
+    assert after.mean() < before.mean()  # and by each write
     assert page.locator(".level[data-level=level_1] .lane i.fired").count() == len(LINE) * 8 // 32
     assert float(page.inner_text(".level[data-level=level_0] .moved b")) > 0
     assert f"{len(LINE) * 8} tokens read so far" in page.inner_text("#tokens")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.online import Owner, Pool, Session, ema, never
 from hope_jax.online.answer import choices
@@ -50,25 +51,36 @@ def linear(request):
     return made("linear", request.param)
 
 
-# A script is a list of events: ("admit", user), ("evict", user), ("copy", user), ("observe", {user: (tokens,
-# allowed)}) and ("ask", {user: (prompt, seed)}, options of `generate`).
+# A script is a list of events: ("admit", user, "left" or "copy"), ("evict", user, through a file), ("copy", user,
+# through a file), ("observe", {user: (tokens, allowed)}) and ("ask", {user: (prompt, seed)}, options of `generate`).
+# Who is admitted goes on from where they left, or from their last copy.
 
 
-def random_script(seed, length=30):
+SHARES = {"admit": 0.2, "evict": 0.1, "copy": 0.1, "restore": 0.1, "observe": 0.3, "ask": 0.2}
+
+
+def random_script(seed, length=36):
     rng = np.random.default_rng(seed)
-    inside, script = [], []
+    inside, copied = [], set()
+    script: list[Any] = []
     while len(script) < length:
         outside = [user for user in USERS if user not in inside]
         some = [user for user in inside if rng.random() < 0.6]
-        kind = rng.choice(["admit", "evict", "copy", "observe", "ask"], p=[0.25, 0.1, 0.05, 0.4, 0.2])
+        kinds, shares = zip(*SHARES.items(), strict=True)
+        kind = str(rng.choice(kinds, p=shares))
         if kind == "admit" and len(inside) < SLOTS:
             inside.append(user := str(rng.choice(outside)))
-            script.append(("admit", user))
+            script.append(("admit", user, "left"))
+        if kind == "restore" and (back := [user for user in inside if user in copied]):
+            user = str(rng.choice(back))
+            script += [("evict", user, False), ("admit", user, "copy")]
         if kind in ("evict", "copy") and inside:
             user = str(rng.choice(inside))
-            script.append((kind, user))
+            script.append((kind, user, bool(rng.random() < 0.5)))
             if kind == "evict":
                 inside.remove(user)
+            else:
+                copied.add(user)
         if kind == "observe" and some:
             lengths = rng.choice([0, 1, 5, 8, 9, 40, 150], len(some))
             texts = {
@@ -83,26 +95,34 @@ def random_script(seed, length=30):
     return script
 
 
-def play(pool, script, only=USERS, slots=None):
+def play(model, script, folder, only=USERS, slots=None):
     """Everything that happened to each of the users, and their sessions at the end.
 
     `slots`: where each admission has to go, in order; else to the first free slot.
     """
-    log, kept, placed = {user: [] for user in only}, {}, []
+    pool, log, placed = model.pool(), {user: [] for user in only}, []
+    kept = {"left": {}, "copy": {}}
     for kind, who, *rest in script:
         if isinstance(who, str):
             if who not in only:
                 continue
             if kind == "admit":
                 fillers = [f"filler {i}" for i in range(slots[len(placed)])] if slots else []
-                for user in (*fillers, who):
-                    pool.admit(user, kept.get(user))
+                for user in fillers:
+                    pool.admit(user)
+                session, digest = kept[rest[0]].get(who) or (None, model.session().digest())
+                pool.admit(who, session)
                 for user in fillers:
                     pool.evict(user)
                 placed.append([owner.user for owner in pool.owners].index(who))
+                assert pool.session(who).digest() == digest
             else:
-                kept[who] = pool.evict(who) if kind == "evict" else pool.session(who)
-                log[who].append(kept[who].digest())
+                session = pool.evict(who) if kind == "evict" else pool.session(who)
+                log[who].append(digest := session.digest())
+                if rest[0]:
+                    session.save(folder / who, overwrite=True)
+                    session = online.open(folder / who, model.config, model.params)
+                kept["left" if kind == "evict" else "copy"][who] = session, digest
             continue
         who = {user: given for user, given in who.items() if user in only}
         if not who:
@@ -114,7 +134,8 @@ def play(pool, script, only=USERS, slots=None):
             results = pool.generate(first, seed=second, **rest[0])
         for user, result in results.items():
             log[user].append(result)
-    return log, kept | {user: pool.session(user) for user in pool.users}, placed
+    left = {user: session for user, (session, _) in kept["left"].items()}
+    return log, left | {user: pool.session(user) for user in pool.users}, placed
 
 
 def told(report):
@@ -122,9 +143,14 @@ def told(report):
     return repr(report._replace(chunks=None)), [leaf.tobytes() for leaf in report.chunks]
 
 
-def play_session(model, script, user):
+def play_session(model, script: list[Any], user):
     session, texts = model.session(), []
+    kept = {"left": session, "copy": session}
     for kind, who, *rest in script:
+        if kind == "admit" and who == user:
+            session = kept[rest[0]].fork()
+        if kind in ("evict", "copy") and who == user:
+            kept["left" if kind == "evict" else "copy"] = session.fork()
         if kind == "observe" and user in who:
             session.observe(who[user][0], update_allowed=who[user][1])
         if kind == "ask" and user in who:
@@ -142,24 +168,24 @@ def assert_close(session, other):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nobody_sees_that_there_are_others(attention, seed):
-    check_that_nobody_sees_others(attention, seed)
+def test_nobody_sees_that_there_are_others(attention, seed, tmp_path):
+    check_that_nobody_sees_others(attention, seed, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3, 8))
-def test_nobody_sees_that_there_are_others_in_other_memories(linear, seed):
-    check_that_nobody_sees_others(linear, seed)
+def test_nobody_sees_that_there_are_others_in_other_memories(linear, seed, tmp_path):
+    check_that_nobody_sees_others(linear, seed, tmp_path)
 
 
-def check_that_nobody_sees_others(model, seed):
+def check_that_nobody_sees_others(model, seed, folder):
     """Alone in the same slots: the same to the bit. As a session: the same up to the order of sums."""
     script = random_script(seed)
-    log, sessions, placed = play(model.pool(), script)
+    log, sessions, placed = play(model, script, folder)
     admitted = [who for kind, who, *_ in script if kind == "admit"]
     for user in sessions:
         slots = [slot for who, slot in zip(admitted, placed, strict=True) if who == user]
-        log_alone, alone, placed_alone = play(model.pool(), script, (user,), slots)
+        log_alone, alone, placed_alone = play(model, script, folder, (user,), slots)
         assert placed_alone == slots
         assert log[user] == log_alone[user]
         assert sessions[user].digest() == alone[user].digest()
@@ -169,16 +195,33 @@ def check_that_nobody_sees_others(model, seed):
 
 
 def test_the_scripts_reach_everything():
-    kinds = [{kind for kind, *_ in random_script(seed)} for seed in range(3)]
-    assert all(found == {"admit", "evict", "copy", "observe", "ask"} for found in kinds)
+    """Above all, copies whose owner has read more since; and sessions that come back, from memory or a file."""
+    for seed in range(8):
+        assert {kind for kind, *_ in random_script(seed)} == {"admit", "evict", "copy", "observe", "ask"}
+    found = set()
+    for seed in range(3):
+        copied, stale, left = {}, set(), {}
+        for kind, who, *rest in random_script(seed):
+            if kind in ("observe", "ask"):
+                stale |= set(who)
+            elif kind == "copy":
+                copied[who] = rest[0]
+                stale -= {who}
+            elif kind == "evict":
+                left[who] = rest[0]
+            elif rest[0] == "copy" and who in stale:
+                found.add(("copy", copied[who]))
+            elif rest[0] == "left" and who in left:
+                found.add(("left", left[who]))
+    assert found == {(where, through_file) for where in ("copy", "left") for through_file in (True, False)}
 
 
-def test_nothing_is_compiled_again(attention):
-    play(attention.pool(), random_script(0))
+def test_nothing_is_compiled_again(attention, tmp_path):
+    play(attention, random_script(0), tmp_path)
     pool = attention.pool()
     programs = *pool._programs, pool._stream.new_context, choices(False, 0), choices(False, 5)
     before = [program._cache_size() for program in programs]
-    play(attention.pool(), random_script(3))
+    play(attention, random_script(3), tmp_path)
     assert [program._cache_size() for program in programs] == before
 
 

@@ -1,6 +1,8 @@
 """The service: one session per user, whatever clients do to it."""
 
 import asyncio
+import errno
+import io
 import json
 import re
 import socket
@@ -15,9 +17,10 @@ from starlette.testclient import TestClient
 from hope_jax import online
 from hope_jax.cli import main
 from hope_jax.models import build_lm
+from hope_jax.online import service
 from hope_jax.online import users as users_module
 from hope_jax.online.serve import _alone
-from hope_jax.online.service import build_app
+from hope_jax.online.service import STREAMED, build_app
 from hope_jax.online.users import Refused, Users
 from hope_jax.training.errors import UserError
 from tests.online.serving import AUTHORIZED, TOKEN, running
@@ -198,14 +201,13 @@ def test_a_body_that_is_declared_too_large_is_not_read(client, app):
     assert post(10) == 401
 
 
-def test_a_client_that_goes_in_the_middle_of_an_answer(client, app, base, user):
-    """The answer ends there; the session has read what was said so far and goes on."""
-    ask = json.dumps({"prompt": TEXT, "max_tokens": 4000, "temperature": 0}).encode()
-    pieces = []
+def leave(client, app, path, body, headers, parts):
+    """A request whose client goes when it has got so many parts of the answer; those that were sent."""
+    sent = []
 
     async def go():
         gone = asyncio.Event()
-        requests = iter([{"type": "http.request", "body": ask}])
+        requests = iter([{"type": "http.request", "body": body}])
 
         async def receive():
             message = next(requests, None)
@@ -215,16 +217,22 @@ def test_a_client_that_goes_in_the_middle_of_an_answer(client, app, base, user):
             return message
 
         async def send(message):
-            pieces.append(message.get("body", b""))
-            if len(pieces) > 4:
+            sent.append(message.get("body", b""))
+            if len(sent) == parts:
                 gone.set()
 
-        path = f"/v1/sessions/{user}/generate"
-        headers = [(b"authorization", AUTHORIZED["Authorization"].encode()), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        given = [(name.lower().encode(), value.encode()) for name, value in (AUTHORIZED | headers).items()]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": given}
         await app(scope, receive, send)
 
     client.portal.call(go)
+    return sent
+
+
+def test_a_client_that_goes_in_the_middle_of_an_answer(client, app, base, user):
+    """The answer ends there; the session has read what was said so far and goes on."""
+    ask = json.dumps({"prompt": TEXT, "max_tokens": 4000, "temperature": 0}).encode()
+    pieces = leave(client, app, f"/v1/sessions/{user}/generate", ask, JSON, 5)
     assert 4 < len(pieces) < 100 and b"done" not in b"".join(pieces)
     made = client.get(f"/v1/sessions/{user}").json()["tokens"] - len(TEXT)
     assert 0 < made < 200
@@ -233,6 +241,21 @@ def test_a_client_that_goes_in_the_middle_of_an_answer(client, app, base, user):
     assert digest(client, user) == session.digest()
     client.post(f"/v1/sessions/{user}/observe", content=TEXT)
     session.observe(TEXT)
+    assert digest(client, user) == session.digest()
+
+
+def test_a_client_that_goes_while_its_text_is_read(client, app, base, user):
+    """The pieces that were begun are read, the others never; what is sent again goes on from there."""
+    text = TEXT * 14  # 18 pieces and a little
+    sent = leave(client, app, f"/v1/sessions/{user}/observe", text.encode(), STREAM, 3)  # the start, and two events
+    assert b"done" not in b"".join(sent)
+    read = client.get(f"/v1/sessions/{user}").json()["tokens"]
+    assert read % STREAMED == 0 and 2 * STREAMED <= read <= 5 * STREAMED
+    session = base.fork()
+    session.observe(text[:read])
+    assert digest(client, user) == session.digest()
+    client.post(f"/v1/sessions/{user}/observe", content=text[read:])
+    session.observe(text[read:])
     assert digest(client, user) == session.digest()
 
 
@@ -267,6 +290,26 @@ def test_download_and_upload(client, user, config, params, tmp_path):
         answer = client.put(f"/v1/sessions/{user}_2/file", content=bad)
         assert answer.status_code == 409 and str(tmp_path.parent) not in answer.json()["error"]
     assert digest(client, f"{user}_2") == digest(client, user)
+
+
+def test_an_upload_that_finds_no_room(client, app, user, monkeypatch):
+    client.post(f"/v1/sessions/{user}/observe", content=TEXT)
+    content, before = client.get(f"/v1/sessions/{user}/file").content, digest(client, user)
+
+    class Full(io.FileIO):
+        def write(self, part):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, mode="r", **options):
+        return Full(path, mode) if mode == "wb" and path.parent == app.state.users.directory else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.Path, "open", opened)
+        answer = client.put(f"/v1/sessions/{user}/file", content=content)
+    assert answer.status_code == 503 and "cannot be written" in answer.json()["error"]
+    assert answer.headers["Retry-After"] == "1" and digest(client, user) == before
+    assert not [path for path in app.state.users.directory.iterdir() if re.fullmatch(r"\.[0-9a-f]{32}", path.name)]
+    assert client.put(f"/v1/sessions/{user}/file", content=content).status_code == 200
 
 
 @pytest.mark.parametrize(

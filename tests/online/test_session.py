@@ -10,14 +10,7 @@ import pytest
 from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.errors import UserError
-from tests.online.conftest import SMALL
-
-OTHERS = {
-    "hope": {"name": "hope", "memory": "linear", "chunk_proj": 4, "chunk_mem": 4, **SMALL},
-    "nested": {"name": "hope_attention", "cms_variant": "nested", "max_length": 96, **SMALL},
-    "no fast levels": {"name": "hope", "memory": "linear", "dim": 16, "layers": 1, "chunk_mem": 4},
-    "MLPs of layers": {"name": "transformer", "dim": 16, "layers": 2, "mlp_chunks": (8, 16), "max_length": 96},
-}
+from tests.online.conftest import OTHERS
 
 
 def read_in_pieces(session, text, seed=1):
@@ -163,6 +156,19 @@ def test_forgetting_a_level(whole, config, params, text):
     assert not waiting.snapshot().place.held.tokens.size
     with pytest.raises(UserError, match="nothing is called 'slow' in this session; it has fast, level_0, level_1"):
         session.forget("slow")
+
+
+@pytest.mark.slow
+def test_where_a_nested_level_starts_again_its_gradient_is_not_known(params, text):
+    """Until then it is that of a chain; the way back to the start is not taken for a step."""
+    config = ModelConfig(**OTHERS["nested"])
+    nested = online.Session(config, params)
+    chain = online.Session(dataclasses.replace(config, cms_variant="sequential"), params)
+    expected, report = chain.observe(text[:33]), nested.observe(text[:33])
+    np.testing.assert_allclose(report.chunks.gradient[:3], expected.chunks.gradient[:3], rtol=1e-4)
+    fast, slow = report.chunks.gradient[3]
+    assert np.isnan(fast) and slow == pytest.approx(expected.chunks.gradient[3, 1], rel=1e-4)
+    assert report.levels[0].gradient == report.chunks.gradient[2, 0] and not report.warnings
 
 
 @pytest.mark.parametrize("gate", [online.never(), online.budget(0.25)], ids=["never", "budget"])
