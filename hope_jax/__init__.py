@@ -7,19 +7,26 @@
     level       one memory, rule and clock   level(memory, rule, chunk_size, objective=...)
     nest        levels in time               nest(*levels) -> params, init, apply
 
-What is known by other names is an arrangement of these (each line is proven in tests/test_identities.py):
+What is known by other names is an arrangement of these (tests/test_identities.py proves each line, or says where):
 
     linear attention        level(linear_memory, optax.sgd(1.0), any C, dot_product, read="after")
     RetNet                  the same with optax.chain(optax.sgd(1.0), retention(alpha))
     gated linear attention  the same with dgd(exact=False, decay=False) and gates eta, alpha
+    Mamba-2                 the same with log_alpha = -exp(a) eta, keys that the heads share, and the value in the read
     DeltaNet                level(linear_memory, dgd(exact=False), any C, dot_product, read="after")
                           = level(linear_memory, dgd(exact=False, decay=False), C = 1, l2_regression, read="after")
     Gated DeltaNet          DeltaNet with dgd(exact=False, decayed_erase=True) and gates eta, alpha
     Longhorn                DeltaNet with dgd()
     TTT-Linear              level(linear_memory, dgd(exact=False, decay=False), C, l2_regression, read="after")
+    TTT-MLP                 the same with mlp_memory
+    DLA                     level(mlp_memory, dgd(exact=False, decay=False), C, dot_product) with gates eta, alpha
     DGD on L2 (93)          level(linear_memory, dgd(), C, l2_regression, read="start")
     Titans LMM              level(memory, dgd(exact=False, decay=False, momentum="gate"), C, l2_regression)
                           = one with optax.chain(optax.sgd(eta), heavy_ball(mu), retention(alpha)) for constant eta
+    MAC                     y = attention over [persistent vectors, answers of a Titans LMM, segment]; the LMM learns y
+                            and the output is y * LMM(y)
+    MAG                     silu(norm(sliding-window attention)) * norm(Titans LMM), both of the same input
+    MAL                     sliding-window attention over norm(Titans LMM)
     Oja (66)                level(linear_memory, dgd(exact=False, decay=False), C = 1, read="after") with its own error
                           = DeltaNet of the transposed state, whose writes are the keys of a gated linear attention
     Omega rule (68)         omega: TTT with retention on the last c tokens, errors and reads at the chunk's start
@@ -29,13 +36,20 @@ What is known by other names is an arrangement of these (each line is proven in 
                           = level(memory, dgd(exact=False, decay=False), C, huber_norm())
     Memora                  miras(memory, C, objective=l2_regression, link=softmax)
     Comba                   DeltaNet with a gate alpha, on closed_loop(tokens): two steps, and a query less a key
+    RWKV-7                  rwkv7, no nest: the delta rule with a decay per channel and a second key, which erases
+    SRWM                    self_referential, no nest: the delta rule of a matrix that makes its own keys, values, rates
+    LSTM                    lstm, no nest: a vector that is written and forgotten by gates
     Linear Attention++      y_t = a_t S_t, two matrices that remember the same pairs, one reading for the other
     softmax attention       softmax_attention: the regression without weights, solved for every query (62)
     sliding-window attention  softmax_attention(window=c): the same over the last c tokens (63)
+    Transformer             blocks of softmax attention and a SwiGLU
+    Samba                   blocks of Mamba-2 and of sliding-window attention in turn, a SwiGLU in each
     self-modifying Titans   nest(level(k, v, eta, alpha boxes, dgd, C_proj), level(mem box, dgd, C_mem))
     CMS                     nest(*[level(cms_memory, tx, C_l)]) with the gradient of the chain's loss as error
     nested CMS              the same, each level followed by level(cms_memory, tx_{l+1}, C_{l+1}, restarts=True)
     independent CMS         the same levels side by side: x + sum of softmax(logits)_l MLP_l(norm(x))
+    Hope                    blocks of self-modifying Titans and a CMS
+    Hope-Attention          blocks of softmax attention and a CMS
     momentum                optax.trace: a level whose data are gradients; heavy_ball after optax.sgd
                           = generalised_momentum(optax.chain(ggd(dot_product), retention(alpha))) of Outer factors
     GGD (59)                ggd(objective, retention): the dot product is gradient descent, the regression dgd()

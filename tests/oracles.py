@@ -67,6 +67,19 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def l2_unit(a):
+    return a / np.sqrt(np.sum(a**2, axis=-1, keepdims=True) + 1e-6)
+
+
 def mlp_read(params, x, residual=True):
     """(89): x + W1 gelu(W2 x), or a matrix read when there is only `w`."""
     if "w" in params:
@@ -96,6 +109,21 @@ def write(state, z, key, push, erase=0.0, alpha=1.0, mu=None):
 def proximal(eta, key):
     """eta' of (S3.2)."""
     return eta / (1 + eta * key @ key)
+
+
+def titans_loop(start, xs, chunk_size, residual=True):
+    """T-13, T-14, T-16: surprise with memory, forgetting, errors and reads at the chunk's start.
+
+    `xs` holds key, value and query [T, K or V] and the gates eta, alpha and mu [T]. Reads, and the last weights.
+    """
+    m, s, ys = start, {n: np.zeros_like(w) for n, w in start.items()}, []
+    for t, (key, value) in enumerate(zip(xs.key, xs.value, strict=True)):
+        m0 = m if t % chunk_size == 0 else m0  # noqa: F821  (t = 0 comes first)
+        gradient = mlp_gradient(m0, key, mlp_read(m0, key, residual) - value)
+        s = {n: xs.mu[t] * s[n] - xs.eta[t] * gradient[n] for n in m}
+        m = {n: xs.alpha[t] * m[n] + s[n] for n in m}
+        ys.append(mlp_read(m0, xs.query[t], residual))
+    return np.stack(ys), m
 
 
 def cms_token(params_by_level, x, target):
@@ -178,10 +206,6 @@ def cms_loop(start, xs, targets, sizes, eta, token=cms_token):
     return np.stack(ys), history, pending
 
 
-def l2_unit(a):
-    return a / np.sqrt(a @ a + 1e-6)
-
-
 def self_modifying_loop(config, params, r, mask=None):
     """Spec 7.2-7.5 for a whole stream, one token and one head at a time; reads [T, D]."""
     width, window = config.dim // config.heads, config.conv_window
@@ -243,6 +267,17 @@ def self_modifying_loop(config, params, r, mask=None):
                 usual = 0.9 * usual + 0.1 * np.mean(surprises) if usual else np.mean(surprises)
                 surprises = []
     return ys
+
+
+def projected(params, r):
+    """Queries, keys and values [T, H, K] of a memory layer: projected, convolved over W tokens, through SiLU."""
+    made = []
+    for name in "qkv":
+        kernel = params["conv"][name]  # [W, H, K]
+        window, shape = len(kernel), kernel.shape[1:]
+        raw = np.concatenate([np.zeros((window - 1, *shape)), (r @ params[f"w{name}"]).reshape(-1, *shape)])
+        made.append(silu(np.stack([np.sum(raw[t : t + window] * kernel, axis=0) for t in range(len(r))])))
+    return made
 
 
 def polar5(x: np.ndarray) -> np.ndarray:

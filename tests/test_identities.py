@@ -52,9 +52,16 @@ from hope_jax import (
     yaad,
 )
 from hope_jax.local import local_output
+from hope_jax.models import ARCHITECTURES
 from hope_jax.oja import oja_error
+from hope_jax.sequence import deep_linear_attention, ttt_mlp
 from hope_jax.writing import factored_errors
+from tests import test_m3 as multi_scale
 from tests import test_optimizer_identities as optimizers
+from tests import test_recurrent as recurrent
+from tests.models import test_blocks as blocks
+from tests.models import test_titans_attention as titans_attention
+from tests.models import test_window_attention as window_attention
 from tests.oracles import (
     assert_close,
     cms_loop,
@@ -67,6 +74,7 @@ from tests.oracles import (
     numpy64,
     polar5,
     self_modifying_loop,
+    titans_loop,
 )
 
 K, V, F, T, C = 3, 2, 4, 7, 3  # C does not divide T: the last chunk stays open
@@ -118,14 +126,26 @@ def step_longhorn(s, k, v, eta, alpha):  # arXiv:2407.14207
     return (np.eye(K) - eps * np.outer(k, k)) @ s + eps * np.outer(k, v)
 
 
-def loop_ttt_linear(start, xs):  # arXiv:2407.04620, mini-batches of C tokens
-    w, ys = start["w"], []
+def loop_ttt(start, xs):  # arXiv:2407.04620, mini-batches of C tokens
+    w, ys = start, []
     for first in range(0, T, C):
         w0 = w
         for t in range(first, min(first + C, T)):
-            w = w - xs.eta[t] * np.outer(xs.key[t], xs.key[t] @ w0 - xs.value[t])
-            ys.append(xs.query[t] @ w)
-    return np.stack(ys), {"w": w}
+            gradient = mlp_gradient(w0, xs.key[t], mlp_read(w0, xs.key[t]) - xs.value[t])
+            w = {n: w[n] - xs.eta[t] * gradient[n] for n in w}
+            ys.append(mlp_read(w, xs.query[t]))
+    return np.stack(ys), w
+
+
+def loop_dla(start, xs):  # arXiv:2505.23735, the dot product -<M(k), v>
+    w, ys = start, []
+    for first in range(0, T, C):
+        w0 = w
+        for t in range(first, min(first + C, T)):
+            gradient = mlp_gradient(w0, xs.key[t], -xs.value[t])
+            w = {n: xs.alpha[t] * w[n] - xs.eta[t] * gradient[n] for n in w}
+            ys.append(mlp_read(w0, xs.query[t]))
+    return np.stack(ys), w
 
 
 def loop_dgd(start, xs):  # (93), with the step of (57) for keys of any norm
@@ -140,18 +160,10 @@ def loop_dgd(start, xs):  # (93), with the step of (57) for keys of any norm
     return np.stack(ys), {"w": s}
 
 
-def loop_titans(start, xs):  # Titans T-13, T-14, T-16: surprise with memory, forgetting, gradients at the chunk's start
+def loop_titans(start, xs):
     constant = lambda gate, value: np.full(T, value) if gate is None else gate  # noqa: E731
-    eta, alpha, mu = constant(xs.eta, ETA), constant(xs.alpha, ALPHA), constant(xs.mu, MU)
-    m, s, ys = start, {n: np.zeros_like(w) for n, w in start.items()}, []
-    for first in range(0, T, C):
-        m0 = m
-        for t in range(first, min(first + C, T)):
-            gradient = mlp_gradient(m0, xs.key[t], mlp_read(m0, xs.key[t]) - xs.value[t])
-            s = {n: mu[t] * s[n] - eta[t] * gradient[n] for n in m}
-            m = {n: alpha[t] * m[n] + s[n] for n in m}
-            ys.append(mlp_read(m0, xs.query[t]))
-    return np.stack(ys), m
+    gates = {"eta": constant(xs.eta, ETA), "alpha": constant(xs.alpha, ALPHA), "mu": constant(xs.mu, MU)}
+    return titans_loop(start, xs._replace(**gates), C)
 
 
 def step_oja(s, k, v, eta, alpha):  # (66) for S = M^T
@@ -281,9 +293,19 @@ TABLE = {
         [one(MATRIX, dgd(), C, dot_product, "after"), longhorn(K, V)],
     ),
     "TTT-Linear": (
-        loop_ttt_linear,
+        loop_ttt,
         "eta",
         [one(MATRIX, GRADIENT_DESCENT, C, l2_regression, "after"), ttt_linear(K, V, C)],
+    ),
+    "TTT-MLP, MLP memory": (
+        loop_ttt,
+        "eta",
+        [one(MLP, GRADIENT_DESCENT, C, l2_regression, "after"), ttt_mlp(MLP, C)],
+    ),
+    "DLA, MLP memory": (
+        loop_dla,
+        "eta alpha",
+        [one(MLP, GRADIENT_DESCENT, C, dot_product), deep_linear_attention(MLP, C)],
     ),
     "DGD on L2 (93)": (
         loop_dgd,
@@ -558,10 +580,45 @@ def test_softmax_attention(window, x64, rng):
 
 # --- the table is complete --------------------------------------------------------------------------------------------
 
+LINES = {
+    "hope": "Hope",
+    "hope_attention": "Hope-Attention",
+    "self_modifying_titans": "self-modifying Titans",
+    "titans": "Titans LMM",
+    "titans_mac": "MAC",
+    "titans_mag": "MAG",
+    "titans_mal": "MAL",
+    "ttt_linear": "TTT-Linear",
+    "ttt_mlp": "TTT-MLP",
+    "dla": "DLA",
+    "omega": "Omega rule (68)",
+    "atlas": "Atlas",
+    "miras": "Moneta, Yaad, Memora",
+    "comba": "Comba",
+    "oja": "Oja (66)",
+    "delta_net": "DeltaNet",
+    "gated_delta_net": "Gated DeltaNet",
+    "rwkv7": "RWKV-7",
+    "mamba2": "Mamba-2",
+    "retnet": "RetNet",
+    "linear_attention": "linear attention",
+    "linear_attention_pp": "Linear Attention++",
+    "samba": "Samba",
+    "swa": "sliding-window attention",
+    "transformer": "Transformer",
+    "lstm": "LSTM",
+    "srwm": "SRWM",
+}
+
 OTHERS = {
+    **{LINES[name]: blocks.test_a_block_is_the_loop for name in blocks.MIXERS},
+    "MAC": titans_attention.test_memory_as_context,
+    "RWKV-7": recurrent.test_rwkv7,
+    "SRWM": recurrent.test_the_published_recurrence,
+    "LSTM": recurrent.test_the_published_recurrence,
     "Linear Attention++": test_linear_attention_pp,
     "softmax attention": test_softmax_attention,
-    "sliding-window attention": test_softmax_attention,
+    "sliding-window attention": (test_softmax_attention, window_attention.test_the_loop_and_any_cut),
     "self-modifying Titans": test_self_modifying_titans,
     "CMS": test_continuum_memory_system,
     "nested CMS": test_nested_continuum_memory_system,
@@ -574,13 +631,13 @@ OTHERS = {
     "Adam": (optimizers.test_adam_is_a_regression, optimizers.test_adam_is_read_from_two_levels),
     "RMSProp": optimizers.test_rmsprop_is_a_regression,
     "AdaGrad": optimizers.test_adagrad_is_a_regression,
-    "M3 (75)": test_m3,
+    "M3 (75)": (test_m3, multi_scale.test_literal_is_algorithm_1, multi_scale.test_ema_is_its_loop),
     "MLP block": test_mlp_block,
 }
 
 
 def test_every_line_of_the_table_is_proven():
-    """Names and numbers of forms, read from the docstring of `hope_jax`."""
+    """Names and numbers of forms, read from the docstring of `hope_jax`; and every architecture has a line."""
     assert hope_jax.__doc__
     _, _, table = hope_jax.__doc__.partition("What is known by other names")
     forms = {}
@@ -595,3 +652,5 @@ def test_every_line_of_the_table_is_proven():
     for name, count in forms.items():
         proven = sum(len(f) for row, (_, _, f) in TABLE.items() if row.partition(",")[0] == name)
         assert name in OTHERS or proven >= count
+    assert set(LINES) == set(ARCHITECTURES)
+    assert {name for line in LINES.values() for name in line.split(", ")} <= set(forms)

@@ -7,17 +7,9 @@ import numpy as np
 from hope_jax import delta_net, gated_linear_attention
 from hope_jax.gates import discretised, fixed_decay, read_outs, retained, step_size
 from hope_jax.memory_layer import Projections, memory_layer
-from tests.oracles import assert_close, compiled, float64, numpy64, sigmoid
+from tests.oracles import assert_close, compiled, float64, l2_unit, numpy64, projected, sigmoid, silu
 
 D, H, K, T = 6, 2, 3, 5
-
-
-def silu(x):
-    return x * sigmoid(x)
-
-
-def unit(x):
-    return x / np.sqrt(np.sum(x**2, -1, keepdims=True) + 1e-6)
 
 
 def test_a_delta_net_layer_is_its_loop(x64, rng):
@@ -26,11 +18,8 @@ def test_a_delta_net_layer_is_its_loop(x64, rng):
     params = numpy64(layer.init(jax.random.key(0)))
     params["conv"] = {n: rng.normal(size=w.shape) for n, w in params["conv"].items()}
     r = rng.normal(size=(T, D))
-    made = {}
-    for name in "qkv":
-        raw = np.concatenate([np.zeros((3, H, K)), (r @ params[f"w{name}"]).reshape(T, H, K)])
-        made[name] = silu(np.stack([np.sum(raw[t : t + 4] * params["conv"][name], axis=0) for t in range(T)]))
-    q, k, v = unit(made["q"]), unit(made["k"]), made["v"]
+    q, k, v = projected(params, r)
+    q, k = l2_unit(q), l2_unit(k)
     gate = params["gates"]["eta"]
     eta = 2.0 * sigmoid(r @ gate["w"] + gate["b"])
     state, want = np.zeros((H, K, K)), []

@@ -1,4 +1,4 @@
-"""Known optimizers as associative memories, step by step against optax in float64 (spec 4.1, 4.3, 4.5, 4.7)."""
+"""Known optimizers as associative memories, step by step against NumPy loops and optax in float64 (spec 3.6, 4)."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from hope_jax import (
     output_momentum,
     retention,
 )
-from tests.oracles import assert_close, compiled
+from tests.oracles import assert_close, compiled, polar5, proximal
 
 K, V, N = 4, 3, 8
 ETA, ALPHA = 0.05, 0.8
@@ -58,22 +58,26 @@ def test_heavy_ball_is_a_nest_of_two_levels(x64, rng):
     xs = rng.normal(size=(2 * N, K)), rng.normal(size=(2 * N, V))
     start = {"w": rng.normal(size=(K, V))}
     state, _ = compiled(lambda s, xs: n.apply(n.init(({"w": jnp.zeros((K, V))}, s)), xs))(start, xs)
-    tx, w = optax.sgd(ETA, momentum=ALPHA), start
-    rule = tx.init(w)
-    for t in range(N):
-        u, rule = tx.update(jax.grad(loss)(w, tuple(x[2 * t : 2 * t + 2] for x in xs)), rule)
-        w = optax.apply_updates(w, u)
-    assert_close(jax.tree.map(jnp.add, state.levels[0].start, state.levels[1].start), w)
+    w, m, gradients = start["w"], np.zeros((K, V)), []
+    for x, y in zip(*(a.reshape(N, 2, -1) for a in xs), strict=True):
+        gradients.append(x.T @ (x @ w - y))
+        m = ALPHA * m - ETA * gradients[-1]
+        w = w + m
+    assert_close(state.levels[0].start["w"] + state.levels[1].start["w"], w)
+    assert_close(start["w"] + sum(_run(optax.sgd(ETA, momentum=ALPHA), gradients)), w)
 
 
 def test_generalised_gradient_descent(x64, rng):
     """(59): the dot product is gradient descent, the regression delta gradient descent."""
-    start, error = rng.normal(size=(K, V)), Outer(rng.normal(size=(2, V)), rng.normal(size=(2, K)))
-    for rule, want in (
-        (ggd(dot_product, learning_rate=ETA), -ETA * contract(error)),
-        (ggd(l2_regression, learning_rate=ETA), dgd(ETA).update(error, dgd(ETA).init(start), start)[0]),
-    ):
-        assert_close(rule.update(error, rule.init(start), start)[0], want)
+    start, key, delta = rng.normal(size=(K, V)), rng.normal(size=(2, K)), rng.normal(size=(2, V))
+    descent = regression = start
+    for k, d in zip(key, delta, strict=True):
+        descent = descent - ETA * np.outer(k, d)
+        regression = regression - proximal(ETA, k) * np.outer(k, k @ regression + d)  # (S3.2)
+    for objective, want in ((dot_product, descent), (l2_regression, regression)):
+        rule = ggd(objective, learning_rate=ETA)
+        assert_close(start + rule.update(Outer(delta, key), rule.init(start), start)[0], want)
+    assert_close(start + dgd(ETA).update(Outer(delta, key), dgd(ETA).init(start), start)[0], regression)
 
 
 def test_momentum_is_a_retained_dot_product(x64, rng):
@@ -92,12 +96,18 @@ def test_delta_momentum_is_dgd_on_a_momentum(step, alpha, x64, rng):
     retains without the step in front, as (88) does, and only the first-order forms agree."""
     gradients = rng.normal(size=(N, K, V))
     rule: Any = dgd(exact=step == "exact")
-    m, want = jnp.zeros((K, V)), []
+    m, n, written, want = jnp.zeros((K, V)), np.zeros((K, V)), [], []
     for g in gradients:
         eta = ETA / (1 + ETA * np.sum(g**2)) if step == "damped" else ETA
         u, _ = rule.update(g, rule.init(m), m, gram=g @ g.T, eta=eta, alpha=alpha)
         m = m + u
-        want.append(m)
+        written.append(m)
+        if step == "exact":
+            n = np.linalg.solve(np.eye(K) + ETA * g @ g.T, alpha * n - ETA * g)
+        else:
+            n = alpha * n - eta * (g @ (g.T @ n) + g)  # (S4.1)
+        want.append(n)
+    assert_close(written, want)
     assert_close(_run(delta_momentum(ETA, alpha, step=step), gradients), want)
 
 
@@ -106,7 +116,10 @@ def test_muon_is_newton_schulz_of_linear_momentum(shape, x64, rng):
     """(42): large gradients, beside which the epsilons of the norms, 1e-7 here and there 1e-8, are nothing. Averages,
     bias corrections and sums differ by a factor, which Newton-Schulz does not see."""
     gradients = 1e9 * rng.normal(size=(N, *shape))
-    ours = _run(output_momentum(ETA, B1), gradients)
+    ours, m = _run(output_momentum(ETA, B1), gradients), np.zeros(shape)
+    for u, g in zip(ours, gradients, strict=True):
+        m = B1 * m + g
+        assert_close(u, -ETA * polar5(m))
     direction = optax.chain(optax.contrib.scale_by_muon(beta=B1, nesterov=False), optax.scale_by_learning_rate(ETA))
     with jax.numpy_rank_promotion("allow"):
         assert_close(ours, _run(direction, gradients), 1e-10)

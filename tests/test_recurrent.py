@@ -7,14 +7,9 @@ import pytest
 
 from hope_jax.recurrent import lstm, self_referential
 from hope_jax.rwkv7 import rwkv7
-from tests.oracles import assert_close, compiled, float64, numpy64, sigmoid
+from tests.oracles import assert_close, compiled, float64, numpy64, sigmoid, softmax
 
 D, T = 6, 7
-
-
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
 
 
 def lstm_loop(params, r):

@@ -35,6 +35,12 @@ CASES = {
         _SMALL, name="transformer", max_length=24, mlp_chunks=(4, 8), kv_heads=1, head_dim=6
     ),
     "hope_fast": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16, 16)),
+    "hope_nested": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16), cms_variant="nested"),
+    "hope_independent": dataclasses.replace(_SMALL, cms_chunks=(4,), cms_variant="independent"),
+    "titans_running": dataclasses.replace(_SMALL, name="titans", read="before", eta_init=0.1),
+    "delta_net_negative": dataclasses.replace(_SMALL, name="delta_net", erase_max=2.0),  # eigenvalues down to -1
+    "miras_moneta": dataclasses.replace(_SMALL, name="miras", miras="moneta", eta_init=0.1),
+    "miras_memora": dataclasses.replace(_SMALL, name="miras", miras="memora", eta_init=0.1),
     **{
         name: dataclasses.replace(_SMALL, name=name, max_length=24, window=12, eta_init=0.1)
         for name in sorted(set(ARCHITECTURES) - {"transformer", "hope_attention", "hope"})

@@ -4,21 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hope_jax.models.rotary import rotate
 from hope_jax.models.titans_attention import memory_as_context
-from tests.oracles import assert_close, compiled, float64, mlp_gradient, mlp_read, numpy64, sigmoid, softplus
+from tests.models.loops import turned
+from tests.oracles import assert_close, compiled, float64, l2_unit, mlp_gradient, mlp_read, numpy64, sigmoid, softplus
 
 D, H, F, C, P, T = 8, 2, 4, 3, 2, 8  # C does not divide T
 K = D // H
+THETA = 10_000.0
 LAYER = memory_as_context(D, H, hidden=F, segment=C, persistent=P, eta_init=0.3)
-
-
-def unit(x):
-    return x / np.sqrt(np.sum(x**2) + 1e-6)
-
-
-def turn(x, t):
-    return np.asarray(rotate(jnp.asarray(x).reshape(1, 1, 1, K), jnp.full((1, 1), t), 10_000.0)).reshape(K)
 
 
 def loop(params, r):
@@ -34,25 +27,25 @@ def loop(params, r):
         if slot == 0:
             start, recalled, inputs = [dict(m) for m in memories], [], []
         ask = r[t] @ params["memory_q"]
-        recalled.append(np.concatenate([mlp_read(start[h], unit(head(ask, h)), residual=False) for h in range(H)]))
+        recalled.append(np.concatenate([mlp_read(start[h], l2_unit(head(ask, h)), residual=False) for h in range(H)]))
         inputs.append(r[t])
         y = np.zeros(D)
         for h in range(H):
             q = head(r[t] @ params["wq"], h)
             seen = [(s, x) for xs in (recalled, inputs) for s, x in enumerate(xs)]
-            scores = [turn(q, slot) @ turn(head(x @ params["wk"], h), s) for s, x in seen]
+            scores = [turned(q, slot, THETA) @ turned(head(x @ params["wk"], h), s, THETA) for s, x in seen]
             scores += [q @ head(x @ params["wk"], h) for x in params["persistent"]]
             values = [head(x @ params["wv"], h) for x in [x for _, x in seen] + list(params["persistent"])]
             weight = np.exp(np.array(scores) / np.sqrt(K))
             y[h * K : (h + 1) * K] = weight / weight.sum() @ np.stack(values)
         read = np.zeros(D)
         for h in range(H):
-            key, value = unit(head(y @ params["memory_k"], h)), head(y @ params["memory_v"], h)
+            key, value = l2_unit(head(y @ params["memory_k"], h)), head(y @ params["memory_v"], h)
             error = mlp_read(start[h], key, residual=False) - value
             gradient = mlp_gradient(start[h], key, error)
             surprise[h] = {n: mu[t, h] * s - eta[t, h] * gradient[n] for n, s in surprise[h].items()}
             memories[h] = {n: alpha[t, h] * w + surprise[h][n] for n, w in memories[h].items()}
-            ask = unit(head(y @ params["memory_q"], h))
+            ask = l2_unit(head(y @ params["memory_q"], h))
             read[h * K : (h + 1) * K] = mlp_read(memories[h], ask, residual=False)
         outputs.append(y * read)
     return np.stack(outputs), memories

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hope_jax.models.functional import functional
-from hope_jax.models.rotary import rotate
 from hope_jax.models.window_attention import WindowAttention
+from tests.models import loops
 from tests.oracles import assert_close, compiled, float64, numpy64
 
 B, T, D, H, W, P = 2, 11, 8, 2, 4, 3  # W does not divide T
@@ -16,26 +16,6 @@ K = D // H
 
 def module(persistent=0):
     return functional(lambda rngs: WindowAttention(D, H, window=W, theta=100.0, persistent=persistent, rngs=rngs))
-
-
-def loop(params, r, mask):
-    """One row, one token and one head at a time; keys are looked up, not masked."""
-    turn = lambda x, t: np.asarray(rotate(jnp.asarray(x)[None, None], jnp.full((1, 1), t), 100.0))[0, 0]  # noqa: E731
-    heads = lambda x: x.reshape(*x.shape[:-1], H, K)  # noqa: E731
-    persistent = params.get("persistent_PD", np.zeros((0, D)))
-    ys = []
-    for t in range(T):
-        q = heads(r[t] @ params["wq"])
-        past = [s for s in range(max(0, t - W + 1), t + 1) if mask[s]]
-        y = []
-        for h in range(H):
-            scores = [turn(q, t)[h] @ turn(heads(r[s] @ params["wk"]), s)[h] for s in past]
-            scores += [q[h] @ heads(p @ params["wk"])[h] for p in persistent]
-            values = [heads(r[s] @ params["wv"])[h] for s in past] + [heads(p @ params["wv"])[h] for p in persistent]
-            weight = np.exp(np.array(scores) / np.sqrt(K))
-            y.append(weight / weight.sum() @ np.stack(values))
-        ys.append(np.concatenate(y) @ params["wo"])
-    return np.stack(ys)
 
 
 def test_a_decoded_token_meets_its_window_alone():
@@ -65,7 +45,7 @@ def test_the_loop_and_any_cut(persistent, x64, rng):
 
     whole, y = compiled(lambda p, r: run(p, r, ()))(params, r)
     for row in range(B):
-        want = loop(numpy64(params), r[row], mask[row])
+        want = loops.attention(numpy64(params), r[row], H, W, 100.0, mask[row])
         assert_close(y[row][mask[row]], want[mask[row]])
     parts, y_parts = compiled(lambda p, r: run(p, r, (1, 3, 8)))(params, r)
     assert_close(y_parts, y)
