@@ -35,8 +35,9 @@ CASES = {
         _SMALL, name="transformer", max_length=24, mlp_chunks=(4, 8), kv_heads=1, head_dim=6
     ),
     "hope_fast": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16, 16)),
-    "hope_nested": dataclasses.replace(_SMALL, cms_chunks=(4, 8), cms_hidden=(16, 16), cms_variant="nested"),
-    "hope_independent": dataclasses.replace(_SMALL, cms_chunks=(4,), cms_variant="independent"),
+    "hope_surprise": dataclasses.replace(
+        _SMALL, stage=2, static=("k",), surprise=0.9, surprise_temperature=0.3, gate_retention=True
+    ),
     "titans_running": dataclasses.replace(_SMALL, name="titans", read="before", eta_init=0.1),
     "delta_net_negative": dataclasses.replace(_SMALL, name="delta_net", erase_max=2.0),  # eigenvalues down to -1
     "miras_moneta": dataclasses.replace(_SMALL, name="miras", miras="moneta", eta_init=0.1),
