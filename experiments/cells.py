@@ -55,7 +55,7 @@ class Best(NamedTuple):
         return bool(self.values(score))
 
     def rank(self, scores: Sequence[str]) -> list[float]:
-        """Numbers of which greater ones are better: how many seeds, then the means of these scores.
+        """Numbers of which greater ones are better: how many seeds have scores, then the means of these scores.
 
         A run that failed knows nothing here: it may not be left out where configurations are compared.
         """
@@ -65,7 +65,7 @@ class Best(NamedTuple):
             return record.scores.get(score, RAW_BITS if bits else 0.0) * (-1 if bits else 1)
 
         return [
-            len(self.records),
+            sum(record.failed is None for record in self.records),
             *(statistics.fmean(of(record, score) for record in self.records) for score in scores),
         ]
 
@@ -130,7 +130,8 @@ def show(settings: dict[str, Best], table: Table, column: str) -> str:
         return FAILED
     text = " / ".join(_show_score(list(settings.values()), score) for score in table.scores)
     expected = table.settings.get(column)
-    notes = [] if expected in (None, len(settings)) else [f"{len(settings)} of {expected}"]
+    known = sum(any(record.failed is None for record in best.records) for best in settings.values())
+    notes = [] if expected in (None, known) else [f"{known} of {expected}"]
     notes += [f"{failed} of {len(runs)} runs {FAILED}"] * (failed > 0)
     return f"{text} [{', '.join(notes)}]" if notes else text
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hope_jax import self_modifying
-from hope_jax.surprise import fraction_written, gated
+from hope_jax.surprise import gate_by_surprise, gated, init_surprise
 from tests.oracles import assert_close, compiled, float64, self_modifying_loop
 from tests.test_self_modifying import change, shaken, stream, whole_call
 
@@ -25,7 +25,7 @@ def test_a_gate_of_one_is_no_gate(x64):
     gated_state, gated_y = whole_call(gate, params, r)
     np.testing.assert_array_equal(gated_y, y)
     jax.tree.map(np.testing.assert_array_equal, gated_state.levels, state.levels)
-    assert fraction_written(gated_state.carry["surprise"]).tolist() == [1.0]
+    assert gated_state.carry["surprise"].written_H.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("retention", [True, False])
@@ -39,7 +39,7 @@ def test_a_shut_gate_freezes_the_state(retention, x64):
     weights, faded = (jax.tree.leaves([level.start for level in one.levels]) for one in (state, later))
     same = [bool((a == b).all()) for a, b in zip(weights, faded, strict=True)]
     assert all(same) if retention else not any(same)
-    assert fraction_written(later.carry["surprise"]).tolist() == [0.25]
+    assert later.carry["surprise"].written_H.tolist() == [0.25]
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -55,30 +55,52 @@ def test_a_stream_may_be_cut_anywhere(name, x64):
         decoded, y = token(params, decoded, r[t : t + 1])
         assert_close(y[0], want[t])
     assert_close(decoded, state)
-    assert 0 < float(fraction_written(state.carry["surprise"])[0]) < 1
+    assert 0 < float(state.carry["surprise"].written_H[0]) < 1
 
 
 def test_padding_surprises_nobody(x64):
     config = change(chunk_proj=1, chunk_mem=1, surprise=1.0)
     params, r = shaken(config), stream(12)
     layer, mask = self_modifying(config), np.arange(12) % 3 != 1
-    y = compiled(lambda p, r, m: layer.apply(p, layer.init_state(p), r, mask_T=m)[1])(float64(params), r, mask)
+    run = compiled(lambda p, r, m: layer.apply(p, layer.init_state(p), r, mask_T=m))
+    _, y = run(float64(params), r, mask)
     assert_close(y, self_modifying_loop(config, params, r, mask))
+    everything = self_modifying(change(chunk_proj=1, chunk_mem=1, surprise=0.0))
+    state, _ = compiled(lambda p, r, m: everything.apply(p, everything.init_state(p), r, mask_T=m))(
+        float64(params), r, mask
+    )
+    assert float(state.carry["surprise"].written_H[0]) == pytest.approx(1, abs=12 * np.finfo(np.float32).eps)
 
 
 def test_a_soft_gate_has_a_gradient(x64):
-    """That of the outer loss is finite, before the first average too, and another than without the gate."""
-    r = stream(6)
+    """That of the sigmoid for the error of its own token; what is usual is a constant."""
+    rng = np.random.default_rng(0)
+    errors, weights = rng.normal(size=(2, 1, 4, 3)), rng.normal(size=(1, 4))
+    state, _ = gate_by_surprise(init_surprise(1), jnp.asarray(errors[0]), None, 4, 0.9, 0.3)
 
-    def gradient(more):
-        config = change(chunk_proj=2, chunk_mem=2, memory="linear", **more)
-        layer = self_modifying(config)
-        loss = lambda p: (layer.apply(p, layer.init_state(p), r, phase=0)[1] ** 2).sum()  # noqa: E731
-        return jax.tree.leaves(compiled(jax.grad(loss))(float64(shaken(config))))
+    def loss(before, now):
+        state, _ = gate_by_surprise(init_surprise(1), before, None, 4, 0.9, 0.3)
+        return (gate_by_surprise(state, now, None, 4, 0.9, 0.3)[1] * weights).sum()
 
-    soft, plain = gradient(GATES["soft"]), gradient({})
-    assert all(np.isfinite(leaf).all() for leaf in soft)
-    assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(soft, plain, strict=True))
+    before, now = jax.grad(loss, argnums=(0, 1))(*map(jnp.asarray, errors))
+    norm = np.linalg.norm(errors[1], axis=-1)
+    gate = 1 / (1 + np.exp(-(norm / float(state.average_H[0]) - 0.9) / 0.3))
+    slope = weights * gate * (1 - gate) / 0.3 / float(state.average_H[0])
+    np.testing.assert_allclose(now, (slope / norm)[..., None] * errors[1], rtol=1e-11)
+    assert not before.any()
+
+
+@pytest.mark.parametrize("log_alpha", [-1e-3, -1.0, -30.0])
+def test_gradients_of_gated_retention_are_finite(log_alpha):
+    """Also where the gate is whole or shut and nearly everything is forgotten."""
+
+    def retained(log_alpha, gate):
+        return gated({"eta": gate, "log_alpha": log_alpha}, gate, retention=True)["log_alpha"].sum()
+
+    gates = jnp.array([[0.0, 0.5, 1.0]])
+    grads = jax.grad(retained, argnums=(0, 1))(jnp.full((1, 3), log_alpha), gates)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert grads[0][0, 2] == 1 and grads[0][0, 0] == 0
 
 
 def test_retention_follows_the_gate():

@@ -26,7 +26,7 @@ def check(config: ModelConfig) -> None:
 
 
 @functools.cache
-def _choices(config: type[ModelConfig]) -> dict[str, tuple[str, ...]]:
+def _choices(config: type[ModelConfig]) -> dict[str, tuple[object, ...]]:
     """The values that fields of a `Literal` type may have."""
     hints = typing.get_type_hints(config)
     return {field: typing.get_args(hint) for field, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
@@ -115,9 +115,16 @@ def _check_memories(config: ModelConfig) -> None:
     require(
         clip is None or (_is_number(clip) and clip > 0), f"error_clip must be None or a positive number; got {clip!r}"
     )
-    for field in ("surprise", "surprise_temperature"):
+    for field, absent in (("surprise", None), ("surprise_temperature", 0.0)):
         value = getattr(config, field)
-        require(value is None or value >= 0, f"{field} must not be negative; got {value}")
+        require(
+            value == absent or (_is_number(value) and value >= 0),
+            f"{field} must be {absent} or a positive number; got {value!r}",
+        )
+    require(
+        config.surprise is not None or not (config.surprise_temperature or config.gate_retention),
+        "surprise_temperature and gate_retention belong to a surprise gate; give surprise, for example 1.0",
+    )
     require(config.eta_init > 0, f"eta_init must be positive; got {config.eta_init}")
     require(0 < config.erase_max <= 2, f"erase_max must lie in (0, 2]; got {config.erase_max}")
     require(set(config.static) <= {"k", "v"}, f"static holds some of 'k' and 'v'; got {config.static}")

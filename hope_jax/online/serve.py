@@ -60,6 +60,7 @@ def serve(
     directory = directory or run_dir / "sessions"
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     base = from_run(run_dir, tuple(overrides), **learning_options(gate, max_moved))
+    base.run = ""  # files that users take home name no folder of the server
     with _listen(host, port) as listener, _alone(directory):
         with console.status("compiling ..."):
             _compile(base)

@@ -4,12 +4,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from hope_jax.models import ARCHITECTURES, count_parameters, match_parameters
-from hope_jax.training.architecture import with_architecture
+from hope_jax.training.architecture import architecture_changes
 from hope_jax.training.config import TrainConfig, segment_length
 from hope_jax.training.distributed import is_primary
 from hope_jax.training.errors import UserError
@@ -38,18 +37,18 @@ def opponent(config: TrainConfig, name: str) -> TrainConfig:
         )
     if config.model.name == name:
         raise UserError(f"--versus {name} compares another model with {name}; choose one with model=NAME")
-    changes: dict[str, Any] = {"max_length": max(config.model.max_length, config.seq_len)}
+    changes = architecture_changes(config.model, name) | {"max_length": max(config.model.max_length, config.seq_len)}
     if name == "transformer":
         changes["remat"] = "none"  # the fastest policy of attention: its speed is what ours is compared with
     try:
-        theirs = with_architecture(config, name)
-        model = match_parameters(dataclasses.replace(theirs.model, **changes), count_parameters(config.model))
+        model = match_parameters(dataclasses.replace(config.model, **changes), count_parameters(config.model))
     except ValueError as error:
         raise UserError(one_line(error)) from error
     multiple = config.document_multiple
     if config.documents in ("reset", "carry_reset"):
         multiple = math.lcm(config.segment, segment_length(model))
-    return dataclasses.replace(theirs, model=model, document_multiple=multiple)
+    periods = config.cms_periods if model.has_cms else ()
+    return dataclasses.replace(config, model=model, cms_periods=periods, document_multiple=multiple)
 
 
 def comparable(config: TrainConfig, name: str) -> TrainConfig:

@@ -71,6 +71,16 @@ def test_a_failed_run_does_not_help_its_configuration():
     failed = record(0.1, 1, {}, failed="not finite at step 3")
     assert cell([runs[0], failed], table) == "2.100 [1 of 2 runs not finite]"
     assert cell([runs[0], failed, *runs[2:]], table) == "2.700 ± 0.707"
+    failures = [record(0.3, seed, {}, failed="not finite at step 3") for seed in range(3)]
+    assert cell([runs[0], *failures], table) == "2.100"
+
+
+def test_a_setting_whose_runs_all_failed_is_not_in_the_mean():
+    runs = [
+        record(scores={"score": 0.5}, column="compression", setting="baseline"),
+        record(scores={}, failed="not finite at step 3", column="compression", setting="vocab=32"),
+    ]
+    assert cell(runs, TABLES["mad"], "compression") == "50.0 [1 of 11, 1 of 2 runs not finite]"
 
 
 def test_no_bar_for_what_has_no_number():

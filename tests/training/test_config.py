@@ -108,6 +108,8 @@ def test_every_preset_takes_every_architecture(name):
         config = preset(one, [f"model={name}", *layers])
         assert config.model.name == name and config.model.dim == preset(one).model.dim
         assert config.model.has_cms or not config.cms_periods
+        self_made = config.model.architecture.projections == preset(one).model.architecture.projections
+        assert config.model.eta_init == (preset(one).model if self_made else ModelConfig()).eta_init
     with pytest.raises(UserError, match="has 2 CMS levels" if config.model.has_cms else "has no CMS levels"):
         preset("tiny", [f"model={name}", "cms_periods=1,1,1"])
 

@@ -36,6 +36,10 @@ def test_opponent_has_as_many_parameters(small):
     assert opponent(fast, "delta_net").model.cms_chunks == ()
     with pytest.raises(UserError, match="choose one with model=NAME"):
         opponent(small, small.model.name)
+    long = TrainConfig(model=dataclasses.replace(small.model, name="delta_net", max_length=64), seq_len=128)
+    assert opponent(long, "transformer").model.max_length == 128  # its attention reads what ours reads
+    free = TrainConfig(model=ATTENTION, documents="reset", document_multiple=1, seq_len=96)
+    assert opponent(free, "hope").document_multiple == 16
 
 
 SMALL = ModelConfig(dim=16, layers=1, heads=2, memory_hidden=8, cms_hidden=(16, 16))
