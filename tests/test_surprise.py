@@ -69,7 +69,7 @@ def test_padding_surprises_nobody(x64):
     state, _ = compiled(lambda p, r, m: everything.apply(p, everything.init_state(p), r, mask_T=m))(
         float64(params), r, mask
     )
-    assert float(state.carry["surprise"].written_H[0]) == pytest.approx(1, abs=12 * np.finfo(np.float32).eps)
+    assert float(state.carry["surprise"].written_H[0]) == pytest.approx(1, abs=12 * float(np.finfo(np.float32).eps))
 
 
 def test_a_soft_gate_has_a_gradient(x64):
