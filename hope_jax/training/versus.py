@@ -57,6 +57,7 @@ def comparable(config: TrainConfig, name: str) -> TrainConfig:
     Raises:
       UserError: see `opponent`; or the windows are no multiple of what both models read at once.
 
+    >>> from hope_jax.models import ModelConfig
     >>> ours = TrainConfig(seq_len=96, documents="reset", model=ModelConfig(chunk_proj=24, chunk_mem=24))
     >>> comparable(ours, "transformer").segment, opponent(ours, "transformer").segment
     (24, 24)
