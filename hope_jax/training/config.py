@@ -317,12 +317,17 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def config_hash(config: TrainConfig) -> str:
-    """A fingerprint of what a run computes: `FREE_ON_RESUME` left out."""
-    config = from_dict(TrainConfig(), to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
-    left_out = FREE_ON_RESUME  # and what is not there, as before there was such a thing
-    left_out += () if config.start.run else ("start.",)
-    left_out += () if config.matryoshka else ("matryoshka",)
-    values = {key: value for key, value in leaves(config).items() if not key.startswith(left_out)}
+    """A fingerprint of what a run computes: `FREE_ON_RESUME` left out.
+
+    Fields at their default do not count, so that runs go on when the config gets a field more.
+    """
+    usual = type(config)()
+    config = from_dict(usual, to_dict(config))  # as config.yaml reads it: 1 in the place of a float is 1.0
+    left_out = FREE_ON_RESUME if config.start.run else (*FREE_ON_RESUME, "start.")
+    default = leaves(usual)
+    values = {
+        key: value for key, value in leaves(config).items() if not key.startswith(left_out) and value != default[key]
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -146,6 +146,18 @@ def test_hash_ignores_what_may_change():
         assert config_hash(dataclasses.replace(config, **changes)) != config_hash(config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Later(TrainConfig):
+    """A field more than today's."""
+
+    extra: int = 3
+
+
+def test_a_run_goes_on_when_the_config_gets_a_field_more():
+    assert config_hash(Later(seed=7)) == config_hash(TrainConfig(seed=7)) != config_hash(TrainConfig(seed=8))
+    assert config_hash(Later(seed=7, extra=4)) != config_hash(Later(seed=7))
+
+
 def test_continuing_keeps_the_schedule_and_names_what_differs(tmp_path):
     write_config(TrainConfig(steps=600, decay_steps=600), tmp_path)
     assert continue_config(TrainConfig(steps=900), tmp_path).decay_steps == 600
