@@ -1,20 +1,22 @@
 """Sleep: what is left of what a session has read when its fast level is emptied, with and without consolidation?
 
-    python -m experiments.consolidation --run runs/tiny --data FILE... [--buffers 256 1024 4096] [--tiny]
+    python -m experiments.consolidation --run runs/tiny --data FILE... [--buffers 256 1024 4096] [--keeps 0 0.01]
+        [--bound 0.1] [--tiny]
 
 A session reads the first `tokens` bytes of every text. Then its context is dropped, so that only levels remember, and
 the bits per byte are measured of what it has read (the first `measured` bytes) and of a text that it has not (the last
 `measured` bytes of a held-out part, what the parameters know):
 
-    before     as the parameters were
-    awake      after reading
-    emptied    the fast level back at its start
-    rested N   the fast level consolidated into the next one by replaying the last N bytes of what was read (spec 11.4)
+    before         as the parameters were
+    awake          after reading
+    emptied        the fast level back at its start
+    rested N, L    the fast level consolidated into the next one by replaying the last N bytes of what was read, with
+                   lambda L (`keep`) holding that one where it was (spec 11.4)
 
 Errors that wait for a slow level's clock when the reading ends are written while the first chunk is measured, the same
-in the last three. Sleep is worth its name if "rested" lies below "emptied" on what was read and not above "awake" on
-what was not. Mean and standard deviation over the texts. The picture is plots/consolidation.png, the numbers
-results/consolidation.json.
+in the others. "kept" is the share of what emptying loses on what was read that sleep saves. Sleep is accepted if
+"rested" lies below "emptied" on every text read, and on what was not read at most `bound` bits per byte above it. Mean
+and standard deviation over the texts. The picture is plots/consolidation.png, the numbers results/consolidation.json.
 """
 
 import dataclasses
@@ -25,18 +27,19 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from experiments.cells import mean_and_spread
+from experiments.comparisons import Values, table_of, write_comparison
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
-from experiments.records import write_json
 from experiments.sessions import session_maker, text_of
 from experiments.text import corpus
 from hope_jax import online
 from hope_jax.training.errors import UserError
 
-KINDS = ("read", "not read")
+READ, UNREAD = KINDS = ("read", "not read")
+RESTED = "rested"
+
+type Bits = dict[str, dict[str, list[float]]]  # state, kind: one per text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ class SleepOptions:
       buffers: bytes of replay.
       steps: of consolidation.
       learning_rate: of consolidation.
+      keeps: lambda of consolidation.
+      bound: bits per byte that sleep may add to what was not read, above those of the emptied session.
       overrides: fields of the model config, as key=value.
       tiny: an untrained model, below runs/.
       out: folder of the picture.
@@ -66,6 +71,8 @@ class SleepOptions:
     buffers: tuple[int, ...] = (256, 1024, 4096)
     steps: int = 200
     learning_rate: float = 1e-3
+    keeps: tuple[float, ...] = (0.0,)
+    bound: float = 0.1
     overrides: tuple[str, ...] = ()
     tiny: bool = False
     out: Path = Path("experiments/plots")
@@ -94,8 +101,13 @@ def states(session: online.Session, text: np.ndarray, options: SleepOptions) -> 
     awake.observe(text)
     emptied = awake.fork()
     emptied.forget("fast")
-    how = {"steps": options.steps, "learning_rate": options.learning_rate}
-    rested = {f"rested {size}": online.consolidate(awake, text[-size:], **how)[0] for size in options.buffers}
+    rested = {
+        f"{RESTED} {size}, {keep:g}": online.consolidate(
+            awake, text[-size:], steps=options.steps, learning_rate=options.learning_rate, keep=keep
+        )[0]
+        for size in options.buffers
+        for keep in options.keeps
+    }
     return {"before": session, "awake": awake, "emptied": emptied, **rested}
 
 
@@ -119,7 +131,7 @@ def bits(session: online.Session, text: np.ndarray) -> float:
     return alone.score(text) / math.log(2)
 
 
-def compare(options: SleepOptions) -> dict[str, dict[str, list[float]]]:
+def compare(options: SleepOptions) -> Bits:
     """Bits of every state and kind of text, one per text."""
     make, found = session_maker(options.run, options.overrides, options.tiny), {}
     other = corpus(options.other).validation[-options.measured :]
@@ -131,16 +143,41 @@ def compare(options: SleepOptions) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def table_of(found: dict[str, dict[str, list[float]]]) -> Table:
-    """One row per state."""
-    table = Table("state", *(f"bits per byte, {kind}" for kind in KINDS))
-    for name, by_kind in found.items():
-        shown = (by_kind[kind] for kind in KINDS)
-        table.add_row(name, *map(mean_and_spread, shown))
-    return table
+def kept(found: Bits, name: str) -> list[float]:
+    """The share of what emptying loses that a state does not lose, one per text; nan where it loses nothing.
+
+    >>> kept({"awake": {"read": [2.0]}, "emptied": {"read": [3.0]}, "rested": {"read": [2.25]}}, "rested")
+    [0.75]
+    """
+    states = (found[state][READ] for state in ("awake", "emptied", name))
+    return [
+        (emptied - mine) / (emptied - awake) if emptied != awake else math.nan
+        for awake, emptied, mine in zip(*states, strict=True)
+    ]
 
 
-def draw(found: dict[str, dict[str, list[float]]], options: SleepOptions) -> Path:
+def accepted(found: Bits, bound: float) -> list[str]:
+    """The rested states that are below "emptied" on every text read, and within the bound of it on what was not."""
+    emptied = found["emptied"]
+    return [
+        name
+        for name, mine in found.items()
+        if name.startswith(RESTED)
+        and all(a < b for a, b in zip(mine[READ], emptied[READ], strict=True))
+        and all(a <= b + bound for a, b in zip(mine[UNREAD], emptied[UNREAD], strict=True))
+    ]
+
+
+def values_of(found: Bits) -> Values:
+    """The table's numbers."""
+    return {
+        name: {f"bits per byte, {kind}": by_kind[kind] for kind in KINDS}
+        | ({"kept": kept(found, name)} if name.startswith(RESTED) else {})
+        for name, by_kind in found.items()
+    }
+
+
+def draw(found: Bits, options: SleepOptions) -> Path:
     """A panel per kind of text, a point per text and state."""
     figure, panels = figure_of(len(KINDS), width=5)
     for axes, kind in zip(panels, KINDS, strict=True):
@@ -152,11 +189,15 @@ def draw(found: dict[str, dict[str, list[float]]], options: SleepOptions) -> Pat
     return save(figure, options.out / "consolidation.png")
 
 
-def run(options: SleepOptions, console: Console) -> tuple[dict[str, dict[str, list[float]]], Path]:
+def run(options: SleepOptions, console: Console) -> tuple[Bits, Path]:
     """Compares, prints, writes and draws."""
     found = compare(options)
-    console.print(table_of(found))
-    write_json(options.results, found)
+    comparison = write_comparison(
+        options.results, "consolidation", "Sleep: bits per byte", "texts", values_of(found), options
+    )
+    console.print(table_of(comparison))
+    good = accepted(found, options.bound)
+    console.print(f"accepted, at most {options.bound:g} bits per byte above emptied: {'; '.join(good) or 'none'}")
     return found, draw(found, options)
 
 

@@ -19,7 +19,7 @@ TINY_RESULTS = Path("runs/experiments")
 STEADY: dict[str, Any] = {"eta_init": 0.002, "error_clip": 1.0}
 BYTES = 256  # tokens of a text that is read byte by byte
 TEST_SEED = 1_000_003  # of test data, apart from the seeds of training
-HOW_IT_RUNS = ("tiny", "overwrite", "results")  # fields that change no number
+HOW_IT_RUNS = ("tiny", "overwrite", "results", "out", "runs")  # fields that change no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def cells[T: Options](options: T) -> Iterator[T]:
         yield dataclasses.replace(options, **single)
 
 
-def settings(cell: Options) -> dict[str, Any]:
+def settings(cell: Any) -> dict[str, Any]:
     """What decides the numbers of a cell, as plain values."""
     return {name: value for name, value in to_dict(cell).items() if name not in HOW_IT_RUNS}
 
@@ -129,7 +129,7 @@ def fingerprint(cell: Options) -> str:
     return hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def command(experiment: str, cell: Options) -> str:
+def command(experiment: str, cell: Any) -> str:
     """The command line that computes exactly this cell again.
 
     >>> command("mqar", Options(models=("hope",), steps=7, overrides=("exact=false",)))

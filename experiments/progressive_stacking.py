@@ -1,7 +1,7 @@
 """Do slow levels learn? Four CMS levels started together, against one level that gets faster ones in front of it.
 
     python -m experiments.progressive_stacking [--model hope_attention] [--clocks 1 4 16 64] [--steps 640] [--dim 64]
-        [--seed 0] [--tiny]
+        [--seeds 0 1 2] [--tiny]
 
     cold          all levels from the first step
     progressive   as many stages as levels, of equal length: the first trains one level, each further one begins from
@@ -14,8 +14,8 @@ stages see other batches (a seed each). Of every level, over the steps and under
     gradient   |gradient| / |parameters|, of every step, also of those that do not write the level
     movement   the sum of the norms of its updates so far
 
-The picture is plots/progressive_stacking.png, the runs lie in runs/experiments/progressive_stacking/. The defaults take
-two CPU minutes.
+The picture, of the first seed, is plots/progressive_stacking.png, the numbers are in results/progressive_stacking.json,
+the runs in runs/experiments/progressive_stacking/. A seed takes two CPU minutes.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from experiments.comparisons import Values, table_of, write_comparison
 from experiments.options import at_least, from_command_line
 from experiments.plots import save
 from hope_jax.models import ModelConfig
@@ -53,11 +53,12 @@ class StackingOptions:
       length: bytes of a window.
       batch_size: windows per step.
       learning_rate: after the warm-up.
-      seed: of the parameters and the batches.
+      seeds: of the parameters and the batches.
       data: as `hope train` takes it.
       tiny: a few steps.
       runs: folder of the runs; those that are there are replaced.
       out: folder of the picture.
+      results: file of the numbers.
     """
 
     model: str = "hope_attention"
@@ -68,14 +69,17 @@ class StackingOptions:
     length: int = 128
     batch_size: int = 8
     learning_rate: float = 1e-3
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     data: str = "embedded"
     tiny: bool = False
     runs: Path = Path("runs/experiments/progressive_stacking")
     out: Path = Path("experiments/plots")
+    results: Path = Path("experiments/results/progressive_stacking.json")
 
     def __post_init__(self) -> None:
-        at_least(self, {"steps": 1, "dim": 1, "layers": 1, "length": 1, "batch_size": 1, "seed": 0})
+        at_least(self, {"steps": 1, "dim": 1, "layers": 1, "length": 1, "batch_size": 1})
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seeds must be numbers from 0 on, at least one; got {list(self.seeds)}")
         if len(self.clocks) < 2:
             raise UserError(f"clocks must be those of two levels or more; got {self.clocks}")
         if self.steps % len(self.clocks):
@@ -94,6 +98,7 @@ TINY = StackingOptions(
     batch_size=2,
     runs=Path("runs/experiments/progressive_stacking_tiny"),
     out=Path("runs/experiments/plots"),
+    results=Path("runs/experiments/progressive_stacking_tiny.json"),
 )
 
 
@@ -141,22 +146,21 @@ def config_of(options: StackingOptions, levels: int, steps: int, seed: int) -> T
     )
 
 
-def cold(options: StackingOptions) -> tuple[list[Path], float]:
+def cold(options: StackingOptions, seed: int) -> tuple[list[Path], float]:
     """All levels at once: the run, and its validation bits per byte."""
-    result = train(
-        config_of(options, len(options.clocks), options.steps, options.seed), options.runs / "cold", overwrite=True
-    )
+    config = config_of(options, len(options.clocks), options.steps, seed)
+    result = train(config, options.runs / f"seed_{seed}" / "cold", overwrite=True)
     return [result.run_dir], _finished(result.validation_bpb)
 
 
-def progressive(options: StackingOptions) -> tuple[list[Path], float]:
+def progressive(options: StackingOptions, seed: int) -> tuple[list[Path], float]:
     """A level more in every stage: the runs, and the validation bits per byte of the last."""
     stages, bpb = [], 0.0
     for number in range(len(options.clocks)):
-        config = config_of(options, number + 1, options.steps // len(options.clocks), options.seed + number)
+        config = config_of(options, number + 1, options.steps // len(options.clocks), seed + number)
         if stages:
             config = dataclasses.replace(config, start=StartConfig(run=str(stages[-1])))
-        result = train(config, options.runs / f"stage_{number + 1}", overwrite=True)
+        result = train(config, options.runs / f"seed_{seed}" / f"stage_{number + 1}", overwrite=True)
         stages.append(result.run_dir)
         bpb = _finished(result.validation_bpb)
     return stages, bpb
@@ -183,29 +187,51 @@ def curves(run_dirs: list[Path], levels: int) -> list[Curves]:
     return [Curves(steps, gradient, np.cumsum(update)) for steps, gradient, update in arrays]
 
 
-def run(options: StackingOptions, console: Console) -> tuple[Path, dict[str, Result]]:
-    """Trains both ways and prints the table.
-
-    Returns:
-      The path of the picture and the results by way.
-    """
+def measure(options: StackingOptions, seed: int) -> dict[str, Result]:
+    """Trains both ways."""
     results = {}
     for way, trained in zip(WAYS, (cold, progressive), strict=True):
-        run_dirs, bpb = trained(options)
+        run_dirs, bpb = trained(options, seed)
         found = curves(run_dirs, len(options.clocks))
         results[way] = Result(found, bpb, dead_levels(read_metrics(run_dirs[-1])))
-    table = Table("way", "level", "clock", "gradient", "over the greatest", "least", "movement")
-    for way, result in results.items():
-        medians = [float(np.median(one.gradient[-_tail(options) :])) for one in result.levels]
-        least = [float(np.min(smooth(one.steps, one.gradient)[1])) for one in result.levels]
-        for number, one in enumerate(result.levels):
-            numbers = (medians[number], medians[number] / max(medians), least[number], one.movement[-1])
-            table.add_row(way, f"level_{number}", str(options.clocks[number]), *(f"{x:.3g}" for x in numbers))
-    console.print(table)
-    for way, result in results.items():
-        dead = f"; hardly learning: {', '.join(result.dead)}" if result.dead else ""
-        console.print(f"{way}: {result.bits_per_byte:.3f} bits per byte{dead}")
-    return draw(results, options), results
+    return results
+
+
+def values_of(by_seed: list[dict[str, Result]], options: StackingOptions) -> Values:
+    """A row per way, and one for each of its levels."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for way in WAYS:
+        results = [found[way] for found in by_seed]
+        medians = [[float(np.median(one.gradient[-_tail(options) :])) for one in result.levels] for result in results]
+        rows[way] = {
+            "bits per byte": [one.bits_per_byte for one in results],
+            "levels that hardly learn": [float(len(one.dead)) for one in results],
+        }
+        for number, clock in enumerate(options.clocks):
+            medians = [
+                [float(np.median(one.gradient[-_tail(options) :])) for one in result.levels] for result in results
+            ]
+            levels = [result.levels[number] for result in results]
+            rows[f"{way}, level_{number}, clock {clock}"] = {
+                "gradient": [one[number] for one in medians],
+                "over the greatest": [one[number] / max(one) for one in medians],
+                "least": [float(np.min(smooth(one.steps, one.gradient)[1])) for one in levels],
+                "movement": [float(one.movement[-1]) for one in levels],
+            }
+    return rows
+
+
+def run(options: StackingOptions, console: Console) -> tuple[Path, list[dict[str, Result]]]:
+    """Trains both ways with every seed, prints, writes and draws.
+
+    Returns:
+      The path of the picture, and the results by way for each seed.
+    """
+    by_seed = [measure(options, seed) for seed in options.seeds]
+    title = "Levels started together and one after another: gradient and movement"
+    values = values_of(by_seed, options)
+    console.print(table_of(write_comparison(options.results, "progressive_stacking", title, "seeds", values, options)))
+    return draw(by_seed[0], options), by_seed
 
 
 def _tail(options: StackingOptions) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from experiments import equal_gain, plots
 from experiments.cells import NONE, Best, columns_of, scores_of, show, table_cells
+from experiments.comparisons import Comparison, read_comparisons
 from experiments.options import RESULTS
 from experiments.published import TABLES, Table
 from experiments.records import Record, read_all
@@ -50,6 +51,7 @@ def report(options: ReportOptions) -> Path:
         by_experiment.setdefault(record.experiment, []).append(record)
     machines = list(dict.fromkeys(record.machine for found in by_experiment.values() for record in found))
     parts = [HEAD, *(_section(name, found, machines, options.out) for name, found in by_experiment.items())]
+    parts += [_comparison(found, options.out) for found in read_comparisons(options.results)]
     if machines:
         parts.append("## Machines\n\n" + "\n".join(f"- M{i}: {line}" for i, line in enumerate(machines, 1)) + "\n")
     path = options.out / "RESULTS.md"
@@ -82,6 +84,14 @@ def _section(experiment: str, records: Sequence[Record], machines: Sequence[str]
         f"![{experiment}]({path.relative_to(out)})" for path in plots.draw(experiment, cells, table, out / "plots")
     ]
     return "\n".join([*lines, "", *_details(cells, machines), ""])
+
+
+def _comparison(found: Comparison, out: Path) -> str:
+    """A section of numbers that were measured side by side."""
+    lines = [f"## {found.title}", "", *markdown(["", *found.columns], found.rows()), ""]
+    lines += [f"Over {found.over}. {found.machine}; {found.commit or 'no commit'}; `{found.command}`", ""]
+    picture = out / "plots" / f"{found.experiment}.png"
+    return "\n".join([*lines, f"![{found.experiment}]({picture.relative_to(out)})\n"] if picture.exists() else lines)
 
 
 def _table(table: Table, cells: dict[tuple[str, str], dict[str, Best]]) -> list[str]:

@@ -7,7 +7,7 @@ A session reads a stream of `tokens` bytes, the embedded corpus over and over, a
 size of the saved session. All three should stay where they are: a session keeps weights and memories, not the text.
 Without `--run` the model is an untrained Hope of two layers (D 32): the cost does not depend on what it knows.
 
-The picture is plots/session_cost.png. Ten million tokens: `--tokens 10000000`.
+The picture is plots/session_cost.png, the numbers results/session_cost.json. Ten million tokens: `--tokens 10000000`.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from experiments.comparisons import Values, table_of, write_comparison
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
 from experiments.text import corpus
@@ -29,7 +29,6 @@ from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.training.errors import UserError
 from hope_jax.training.memory import memory_bytes
-from hope_kernels.benchmarking import machine_line
 
 SMALL = ModelConfig(
     dim=32, layers=2, memory="linear", chunk_proj=16, chunk_mem=16, cms_hidden=(64, 64), cms_chunks=(32, 128)
@@ -47,6 +46,7 @@ class CostOptions:
       data: "embedded" or a text file.
       tiny: a short stream, below runs/.
       out: folder of the picture.
+      results: file of the numbers.
     """
 
     tokens: int = 1_000_000
@@ -55,12 +55,19 @@ class CostOptions:
     data: str = "embedded"
     tiny: bool = False
     out: Path = Path("experiments/plots")
+    results: Path = Path("experiments/results/session_cost.json")
 
     def __post_init__(self) -> None:
         at_least(self, {"block": 1, "tokens": 2 * self.block})
 
 
-TINY = CostOptions(tokens=4096, block=1024, tiny=True, out=Path("runs/experiments"))
+TINY = CostOptions(
+    tokens=4096,
+    block=1024,
+    tiny=True,
+    out=Path("runs/experiments"),
+    results=Path("runs/experiments/session_cost.json"),
+)
 
 
 class Point(NamedTuple):
@@ -91,19 +98,18 @@ def measure(session: online.Session, text: np.ndarray, options: CostOptions) -> 
     return points
 
 
-def table_of(points: list[Point]) -> Table:
-    """The first blocks against the last."""
-    table = Table("tokens", "us per token", "peak memory, MiB", "file, KiB", "nats per token")
+def values_of(points: list[Point]) -> Values:
+    """Five blocks, the first to the last."""
     shown = sorted({0, len(points) // 4, len(points) // 2, 3 * len(points) // 4, len(points) - 1})
-    for point in (points[i] for i in shown):
-        table.add_row(
-            f"{point.tokens:,}",
-            f"{point.microseconds:.1f}",
-            f"{point.memory / 2**20:.0f}",
-            f"{point.file / 2**10:.0f}",
-            f"{point.loss:.3f}",
-        )
-    return table
+    return {
+        f"{point.tokens:,} tokens": {
+            "us per token": [point.microseconds],
+            "peak memory, MiB": [point.memory / 2**20],
+            "file, KiB": [point.file / 2**10],
+            "nats per token": [point.loss],
+        }
+        for point in (points[i] for i in shown)
+    }
 
 
 def draw(points: list[Point], options: CostOptions) -> Path:
@@ -133,8 +139,10 @@ def run(options: CostOptions, console: Console) -> tuple[list[Point], Path]:
     else:
         session = online.from_run(options.run, measure_after=False)
     points = measure(session, text, options)
-    console.print(table_of(points))
-    console.print(machine_line())
+    title = "What a token of a session costs"
+    console.print(
+        table_of(write_comparison(options.results, "session_cost", title, "one stream", values_of(points), options))
+    )
     return points, draw(points, options)
 
 

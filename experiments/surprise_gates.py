@@ -22,12 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from experiments.cells import mean_and_spread
+from experiments.comparisons import Values, table_of, write_comparison
 from experiments.options import at_least, from_command_line
 from experiments.plots import figure_of, save
-from experiments.records import write_json
 from experiments.sessions import session_maker, text_of
 from hope_jax import online
 from hope_jax.online.report import join
@@ -141,23 +139,16 @@ def gains(found: dict[str, list[Reading]], name: str) -> list[float]:
     ]
 
 
-def _show(gains: list[float]) -> str:
-    if any(map(math.isnan, gains)):
-        return "no bound: always writing does not help"
-    return mean_and_spread(gains, 2)
-
-
-def table_of(found: dict[str, list[Reading]]) -> Table:
-    """One row per gate."""
-    table = Table("gate", "chunks written", "nats per token, second half", "gain")
-    for name, readings in found.items():
-        table.add_row(
-            name,
-            f"{statistics.fmean(one.written for one in readings):.0%}",
-            f"{statistics.fmean(one.loss for one in readings):.3f}",
-            _show(gains(found, name)),
-        )
-    return table
+def values_of(found: dict[str, list[Reading]]) -> Values:
+    """The table's numbers, a row per gate."""
+    return {
+        name: {
+            "chunks written": [one.written for one in readings],
+            "nats per token, second half": [one.loss for one in readings],
+            "gain": gains(found, name),
+        }
+        for name, readings in found.items()
+    }
 
 
 def draw(found: dict[str, list[Reading]], options: GateOptions) -> Path:
@@ -186,8 +177,10 @@ def draw(found: dict[str, list[Reading]], options: GateOptions) -> Path:
 def run(options: GateOptions, console: Console) -> tuple[dict[str, list[Reading]], Path]:
     """Compares, prints, writes and draws."""
     found = compare(options)
-    console.print(table_of(found))
-    write_json(options.results, {name: [one._asdict() for one in readings] for name, readings in found.items()})
+    title = "Surprise gates: what of the gain of learning is left when only some chunks are written"
+    console.print(
+        table_of(write_comparison(options.results, "surprise_gates", title, "texts", values_of(found), options))
+    )
     return found, draw(found, options)
 
 

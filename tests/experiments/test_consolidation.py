@@ -1,7 +1,6 @@
 """Sleep, measured: each state of a session is what its name says."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -10,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiments import consolidation
+from experiments.comparisons import read_comparisons
 from experiments.consolidation import SleepOptions, bits
 from experiments.sessions import session_maker
 from experiments.text import corpus
@@ -25,12 +25,13 @@ def session():
 
 
 def test_states(session):
-    found = consolidation.states(session, TEXT, consolidation.TINY)
-    assert list(found) == ["before", "awake", "emptied", "rested 256"] and session.tokens == 0
+    found = consolidation.states(session, TEXT, dataclasses.replace(consolidation.TINY, keeps=(0.0, 1.0)))
+    assert list(found) == ["before", "awake", "emptied", "rested 256, 0", "rested 256, 1"] and session.tokens == 0
     apart = {name: one.diff(session) for name, one in found.items()}
     assert min(apart["awake"].values()) > 0 == max(apart["before"].values())
-    assert apart["emptied"]["level_0"] == apart["rested 256"]["level_0"] == 0
-    assert found["emptied"].diff(found["awake"])["level_1"] == 0 < found["rested 256"].diff(found["awake"])["level_1"]
+    assert apart["emptied"]["level_0"] == apart["rested 256, 0"]["level_0"] == 0
+    emptied, free, kept = (found[name].diff(found["awake"])["level_1"] for name in list(found)[2:])
+    assert emptied == 0 < kept < free
 
 
 def test_the_context_does_not_count(session):
@@ -60,4 +61,16 @@ def test_what_is_read_is_not_what_is_not_read():
 def test_tiny(tmp_path):
     options = dataclasses.replace(consolidation.TINY, out=tmp_path, results=tmp_path / "numbers.json")
     found, picture = consolidation.run(options, Console(quiet=True))
-    assert picture.stat().st_size > 0 and found == json.loads(options.results.read_text())
+    assert picture.stat().st_size > 0 and list(found) == list(next(read_comparisons(tmp_path)).values)
+
+
+def test_sleep_is_accepted_below_emptied_and_within_the_bound():
+    bits = {"awake": (1.0, 3.0), "emptied": (2.0, 2.0), "rested a": (1.5, 2.1), "rested b": (1.5, 2.2)}
+    bits |= {"rested c": (2.0, 2.0), "before": (1.0, 1.0)}
+    found = {name: {"read": [1.0, read], "not read": [0.0, other]} for name, (read, other) in bits.items()}
+    for name in found:
+        found[name]["read"][0] = bits[name][0]
+    assert consolidation.accepted(found, 0.15) == ["rested a"]
+    found["rested a"]["read"][0] = 2.5  # on one text it is no better
+    assert consolidation.accepted(found, 0.15) == []
+    assert consolidation.kept(found, "rested b") == [0.5, 0.5]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.comparisons import read_comparisons
 from experiments.progressive_stacking import TINY, StackingOptions, curves, run
 from hope_jax.training.errors import UserError
 from hope_jax.training.load import load_run
@@ -30,15 +31,16 @@ def test_curves_go_by_the_number_at_the_end(tmp_path):
 
 @pytest.mark.slow
 def test_tiny(tmp_path):
-    options = dataclasses.replace(TINY, runs=tmp_path / "runs", out=tmp_path)
-    path, results = run(options, Console(quiet=True))
+    options = dataclasses.replace(TINY, runs=tmp_path / "runs", out=tmp_path, results=tmp_path / "numbers.json")
+    path, [results] = run(options, Console(quiet=True))
     assert path.exists() and set(results) == {"cold", "progressive"}
-    cold, last = (load_run(options.runs / name) for name in ("cold", "stage_2"))
+    cold, last = (load_run(options.runs / "seed_0" / name) for name in ("cold", "stage_2"))
     assert last.config.model == cold.config.model and last.config.cms_periods == cold.config.cms_periods == (1, 2)
     for way, begins in (("cold", 1), ("progressive", 5)):
         fast, slow = results[way].levels
         np.testing.assert_array_equal(fast.steps, np.arange(begins, 9))
         np.testing.assert_array_equal(slow.steps, np.arange(1, 9))
+        assert next(read_comparisons(tmp_path)).values[way]["bits per byte"] == [results[way].bits_per_byte]
         assert np.all(fast.gradient > 0) and np.all(slow.gradient > 0) and slow.movement[-1] > 0
 
 

@@ -1,15 +1,19 @@
 """The report says what the records say, and nothing else."""
 
 import dataclasses
+import math
 import statistics
 
 import pytest
 
 from experiments.cells import scores_of, show, table_cells
+from experiments.comparisons import write_comparison
+from experiments.mqar import RecallOptions
 from experiments.plots import against_steps, bars
 from experiments.published import TABLES, Table
 from experiments.records import Record, write
 from experiments.report import NONE, ReportOptions, report
+from hope_jax.training.errors import UserError
 
 BASE = Record(
     experiment="formal_languages",
@@ -198,3 +202,18 @@ def test_an_experiment_without_a_layout_shows_all_its_scores(tmp_path):
     text = report(ReportOptions(tmp_path, tmp_path)).read_text()
     assert "| hope | 25.0 / 50.0 |" in text[text.index("## new") :]
     assert Table("new", ("x",), ("x",)).columns == ()
+
+
+def test_what_was_measured_side_by_side_has_a_section(tmp_path):
+    values = {"awake": {"bits": [1.0, 2.0]}, "rested": {"bits": [1.25], "kept": [math.nan, 1.0]}}
+    found = write_comparison(tmp_path / "sleep.json", "sleep", "Sleep", "texts", values, RecallOptions(steps=7))
+    text = report(ReportOptions(tmp_path, tmp_path)).read_text()
+    lines = ["## Sleep", "", "|  | bits | kept |", "|---|---|---|", "| awake | 1.50 ± 0.707 | – |"]
+    assert "\n".join([*lines, "| rested | 1.25 | – |"]) in text
+    assert "python -m experiments.sleep --steps 7" in text and found.machine in text
+
+
+def test_a_file_that_is_no_comparison_is_named(tmp_path):
+    (tmp_path / "old.json").write_text('{"never": []}')
+    with pytest.raises(UserError, match=r"old.json is no comparison .* run it again"):
+        report(ReportOptions(tmp_path, tmp_path))
