@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.comparisons import Values, table_of, write_comparison
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from experiments.sessions import session_maker, text_of
 from experiments.text import corpus
@@ -202,7 +202,4 @@ def run(options: SleepOptions, console: Console) -> tuple[Bits, Path]:
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(SleepOptions, TINY), Console())[1])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(SleepOptions, TINY, lambda *given: run(*given)[1])

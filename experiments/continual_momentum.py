@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from hope_jax import carry_momentum, deep_momentum, delta_momentum, m3, preconditioned_momentum, reset_momentum
 from hope_jax.training.errors import UserError
@@ -259,7 +259,4 @@ def draw(results: dict[tuple[str, str, str], Result], options: ContinualOptions)
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(ContinualOptions, TINY), Console())[0])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(ContinualOptions, TINY, lambda *given: run(*given)[0])

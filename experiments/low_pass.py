@@ -29,7 +29,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from hope_jax import Tokens, l2_regression, level, linear_memory, nest
 from hope_jax.training.errors import UserError
@@ -142,7 +142,4 @@ def run(options: LowPassOptions, console: Console) -> tuple[Path, np.ndarray, np
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(LowPassOptions, TINY), Console())[0])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(LowPassOptions, TINY, lambda *given: run(*given)[0])

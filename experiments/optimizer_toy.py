@@ -31,10 +31,9 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from hope_jax import deep_momentum, delta_momentum, preconditioned_momentum
-from hope_jax.training.errors import UserError
 
 type Rule = Callable[[float, float], optax.GradientTransformation]
 
@@ -217,7 +216,4 @@ def run(options: ToyOptions, console: Console) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(ToyOptions, TINY), Console()))
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(ToyOptions, TINY, run)

@@ -6,9 +6,11 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+from rich.console import Console
 
 from hope_jax.models import ARCHITECTURES, ModelConfig, check_sequence_length, match_parameters
 from hope_jax.training.errors import UserError
@@ -101,6 +103,14 @@ def from_command_line[T](cls: type[T], tiny: T, arguments: Sequence[str] | None 
     arguments = sys.argv[1:] if arguments is None else arguments
     default = tiny if "--tiny" in arguments else cls()
     return tyro.cli(cls, default=default, args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def run_script[T](cls: type[T], tiny: T, run: Callable[[T, Console], Any]) -> None:
+    """Runs with the options of the command line and prints what comes out; a mistake of the user ends in one line."""
+    try:
+        print(run(from_command_line(cls, tiny), Console()))
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def cells[T: Options](options: T) -> Iterator[T]:

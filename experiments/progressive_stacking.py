@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.comparisons import Values, table_of, write_comparison
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import save
 from hope_jax.models import ModelConfig
 from hope_jax.training.config import StartConfig, TrainConfig
@@ -263,7 +263,4 @@ def draw(results: dict[str, Result], options: StackingOptions) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(StackingOptions, TINY), Console())[0])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(StackingOptions, TINY, lambda *given: run(*given)[0])

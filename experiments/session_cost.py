@@ -22,12 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.comparisons import Values, table_of, write_comparison
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from experiments.text import corpus
 from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
-from hope_jax.training.errors import UserError
 from hope_jax.training.memory import memory_bytes
 
 SMALL = ModelConfig(
@@ -147,7 +146,4 @@ def run(options: CostOptions, console: Console) -> tuple[list[Point], Path]:
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(CostOptions, TINY), Console())[1])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(CostOptions, TINY, lambda *given: run(*given)[1])

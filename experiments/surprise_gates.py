@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.comparisons import Values, table_of, write_comparison
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from experiments.sessions import session_maker, text_of
 from hope_jax import online
 from hope_jax.online.report import join
-from hope_jax.training.errors import UserError
 
 ORACLE, RANDOM = "oracle", "random"
 GATES = (
@@ -185,7 +184,4 @@ def run(options: GateOptions, console: Console) -> tuple[dict[str, list[Reading]
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(GateOptions, TINY), Console())[1])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(GateOptions, TINY, lambda *given: run(*given)[1])

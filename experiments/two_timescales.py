@@ -29,10 +29,9 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.options import at_least, from_command_line
+from experiments.options import at_least, run_script
 from experiments.plots import figure_of, save
 from hope_jax import Nest, Outer, level, linear_memory, nest, retention
-from hope_jax.training.errors import UserError
 
 SLOPE = 2.0  # of the stream; its bias is 5 sin(t / 4)
 
@@ -155,7 +154,4 @@ def run(options: TimescaleOptions, console: Console) -> tuple[Path, dict[str, Cu
 
 
 if __name__ == "__main__":
-    try:
-        print(run(from_command_line(TimescaleOptions, TINY), Console())[0])
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(TimescaleOptions, TINY, lambda *given: run(*given)[0])
