@@ -1,5 +1,5 @@
 # make train | test | test-slow | bench | lint : each sets up .venv first if needed.
-.PHONY: train test test-slow bench lint setup clean
+.PHONY: train test test-slow test-gpu bench lint setup clean
 .DEFAULT_GOAL := help
 
 # The first interpreter that is Python 3.12 or newer.
@@ -17,6 +17,7 @@ help:
 	@echo "                again with ARGS=--resume or ARGS=--overwrite"
 	@echo "make test       lint and the fast tests"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-gpu   the tests of the kernels for an H100 or H200, on one"
 	@echo "make bench      the benchmarks, as tables"
 	@echo "make setup      only create .venv"
 
@@ -44,6 +45,10 @@ test: $(TEST_STAMP)
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not gpu"
+
+test-gpu: $(TEST_STAMP)
+	$(INSTALL) -e ".[cuda13]"
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
