@@ -1,6 +1,6 @@
 """Sleep: what is left of what a session has read when its fast level is emptied, with and without consolidation?
 
-    python -m experiments.consolidation --run runs/tiny --data FILE... [--buffers 256 1024 4096] [--keeps 0 0.01]
+    python -m experiments.consolidation --run runs/tiny --data FILE... [--buffers 256 1024 4096] [--keeps 0 0.01 0.1]
         [--bound 0.1] [--tiny]
 
 A session reads the first `tokens` bytes of every text. Then its context is dropped, so that only levels remember, and
@@ -71,7 +71,7 @@ class SleepOptions:
     buffers: tuple[int, ...] = (256, 1024, 4096)
     steps: int = 200
     learning_rate: float = 1e-3
-    keeps: tuple[float, ...] = (0.0,)
+    keeps: tuple[float, ...] = (0.0, 0.01, 0.1)
     bound: float = 0.1
     overrides: tuple[str, ...] = ()
     tiny: bool = False
@@ -88,6 +88,7 @@ TINY = SleepOptions(
     tokens=512,
     measured=128,
     buffers=(256,),
+    keeps=(0.0,),
     steps=20,
     tiny=True,
     out=Path("runs/experiments"),
