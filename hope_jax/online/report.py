@@ -20,7 +20,7 @@ class LevelReport(NamedTuple):
     updates: int  # how often it changed
     pending: int  # tokens that wait for its next write
     step: float  # norm of its last change over the norm of its start weights
-    gradient: float  # norm of the mean gradient of its last write (of a nested level, after which it went on)
+    gradient: float  # norm of the mean gradient of its last write after which it went on; nan if it only started again
     moved: float  # distance from its start weights over their norm; nan without a whole chunk
     dead: bool  # its gradient is nothing beside that of the others
 
@@ -111,9 +111,8 @@ def summarize(
     """
     ran = ~chunks.rolled_back
     changed = chunks.fired & (chunks.step > 0)  # due, and something was taught since the last time
-    known = changed & ~np.isnan(chunks.gradient)
-    gradients = [_last(chunks.gradient[:, i], known[:, i]) for i in range(len(clocks))]
-    least = DEAD * max(gradients, default=0.0)
+    gradients = [_last_known(chunks.gradient[changed[:, i], i]) for i in range(len(clocks))]
+    least = DEAD * max((gradient for gradient in gradients if not math.isnan(gradient)), default=0.0)
     # A level that never changes is dead if every chunk taught; else it may not have been its turn.
     learned = changed.any(axis=0) | ~(chunks.fired.any(axis=0) & chunks.wrote.all())
     levels = tuple(
@@ -122,10 +121,10 @@ def summarize(
             chunk_size=clock,
             updates=int(changed[:, i].sum()),
             pending=written % clock + held,
-            step=_last(chunks.step[:, i], changed[:, i]),
+            step=_last_known(chunks.step[changed[:, i], i]),
             gradient=gradients[i],
             moved=float(chunks.moved[-1, i]) if len(chunks.moved) else math.nan,
-            dead=bool(~learned[i]) or (bool(known[:, i].any()) and gradients[i] < least),
+            dead=bool(~learned[i]) or (bool(changed[:, i].any()) and gradients[i] < least),
         )
         for i, clock in enumerate(clocks)
     )
@@ -142,9 +141,10 @@ def summarize(
     )
 
 
-def _last(values: np.ndarray, where: np.ndarray) -> float:
-    found = values[where]
-    return float(found[-1]) if found.size else 0.0
+def _last_known(values: np.ndarray) -> float:
+    """0 of no values, nan if none of them is known."""
+    known = values[~np.isnan(values)]
+    return float(known[-1]) if known.size else math.nan if values.size else 0.0
 
 
 def _mean(values: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import pytest
 
 from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
+from hope_jax.online.reading import report_json
 from hope_jax.training.errors import UserError
 from tests.online.conftest import OTHERS
 
@@ -169,6 +170,13 @@ def test_where_a_nested_level_starts_again_its_gradient_is_not_known(params, tex
     fast, slow = report.chunks.gradient[3]
     assert np.isnan(fast) and slow == pytest.approx(expected.chunks.gradient[3, 1], rel=1e-4)
     assert report.levels[0].gradient == report.chunks.gradient[2, 0] and not report.warnings
+
+    cut = online.Session(config, params)
+    cut.observe(text[:25])
+    rest = cut.observe(text[25:33])  # the chunk of the restart alone
+    assert rest.levels[0].updates == 1 and np.isnan(rest.levels[0].gradient) and not rest.warnings
+    assert rest.levels[1].gradient == report.levels[1].gradient
+    assert [level["gradient"] for level in report_json(rest)["levels"]] == [None, rest.levels[1].gradient]
 
 
 @pytest.mark.parametrize("gate", [online.never(), online.budget(0.25)], ids=["never", "budget"])
