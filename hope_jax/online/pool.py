@@ -13,7 +13,7 @@ from hope_jax.models import ModelConfig
 from hope_jax.online.answer import Answer, check_options, choices
 from hope_jax.online.place import NOTHING, Place, Snapshot
 from hope_jax.online.report import Report, join, summarize
-from hope_jax.online.session import Session
+from hope_jax.online.session import FAST, Session
 from hope_jax.online.slots import Ahead, programs, put, take
 from hope_jax.online.stream import ChunkReport, Held, Pieces, StreamState, cut
 from hope_jax.online.tokens import Text
@@ -132,9 +132,10 @@ class Pool:
         session = self._fresh if session is None else session
         self._check(user, session)
         slot, (state, place) = free[0], session.snapshot()
-        self._fill(slot, state)  # all of the slot, whatever was there
+        row = Row(slot, self._adopted(session, self._fresh.snapshot()), place, 0, 0)
         self._generations = tuple(g + (i == slot) for i, g in enumerate(self._generations))
-        self._keep({user: Row(slot, self._adopted(session, self._fresh.snapshot()), place, 0, 0)})
+        self._fill(slot, state, self._rows | {user: row})  # all of the slot, whatever was there
+        self._keep((user,))
 
     def evict(self, user: str) -> Session:
         """Takes a user out, as a session of its own, and sets the slot back to the fresh state.
@@ -143,9 +144,8 @@ class Pool:
           UserError: the user is not in the pool.
         """
         session = self.session(user)
-        slot = self._rows[user].slot
-        self._rows = {other: row for other, row in self._rows.items() if other != user}
-        self._fill(slot, self._fresh.snapshot().state)
+        left = {other: row for other, row in self._rows.items() if other != user}
+        self._fill(self._rows[user].slot, self._fresh.snapshot().state, left)
         return session
 
     def session(self, user: str) -> Session:
@@ -181,7 +181,7 @@ class Pool:
             for user, (more, restarts) in self._extend(blocks, allowed).items():
                 reports[user] += more
                 new_contexts[user] += restarts
-        self._keep({user: self._rows[user] for user in texts})
+        self._keep(texts)
         phase_B = np.asarray(self._state.nest.phase)
         return {
             user: summarize(
@@ -194,6 +194,28 @@ class Pool:
             )
             for user in texts
         }
+
+    def score(self, user: str, text: Text) -> float:
+        """As `Session.score` of a user's stream; the pool stays as it is, to the bit.
+
+        Raises:
+          UserError: the user is not in the pool, or as there.
+        """
+        nats = self.session(user).score(text)
+        self._keep((user,))
+        return nats
+
+    def forget(self, user: str, level: str | int = FAST) -> None:
+        """As `Session.forget` of a user's stream, in its slot; the others stay as they are, to the bit.
+
+        Raises:
+          UserError: the user is not in the pool, or there is no such level.
+        """
+        session = self.session(user)
+        session.forget(level)
+        row, (state, place) = self._rows[user], session.snapshot()
+        self._fill(row.slot, state, self._rows | {user: row._replace(place=place, ahead=0)})
+        self._keep((user,))
 
     def generate(self, prompts: Mapping[str, str], **options: Any) -> dict[str, str]:
         """The answers to some users' prompts; for the options and what they teach see `answer`."""
@@ -237,7 +259,7 @@ class Pool:
         rows = {user: self._row(user) for user in prompts}
         tokens = {user: row.session.prompt_tokens(prompts[user], row.place) for user, row in rows.items()}
         seeds = _by_user("seed", seed, prompts)
-        self._keep({user: self._rows[user] for user in prompts})
+        self._keep(prompts)
         pool = self if learn else copy.copy(self)
         pool._extend(tokens, dict.fromkeys(prompts, learn))
         next_token = functools.partial(choices(temperature == 0, min(top_k, self._fresh.model.vocab_size)), temperature)
@@ -341,12 +363,13 @@ class Pool:
         flags_B[list(slots)] = True
         return flags_B
 
-    def _fill(self, slot: int, row: StreamState) -> None:
-        """A slot, and all that belongs to it, as if it had just come to this state [1, ...]."""
-        self._state = put(self._state, row, np.int32(slot))
-        if self._ahead:
-            nothing = jnp.zeros_like(self._ahead.logits_BV[:1])
-            self._ahead = put(self._ahead, Ahead(row.nest.carry, nothing), np.int32(slot))
+    def _fill(self, slot: int, state: StreamState, rows: dict[str, Row]) -> None:
+        """A slot, and all that belongs to it, as if it had just come to this state [1, ...]; and who is where then."""
+        all_states, ahead = put(self._state, state, np.int32(slot)), self._ahead
+        if ahead:
+            nothing = jnp.zeros_like(ahead.logits_BV[:1])
+            ahead = put(ahead, Ahead(state.nest.carry, nothing), np.int32(slot))
+        self._state, self._ahead, self._rows = all_states, ahead, rows  # together, as in `_extend`
 
     def _adopted(self, session: Session, snapshot: Snapshot) -> Session:
         """A session that stands there and shares the parameters and programs of the pool."""
@@ -381,10 +404,10 @@ class Pool:
         row = self._rows.get(user)
         return row and (row.slot, self._generations[row.slot])
 
-    def _keep(self, rows: Mapping[str, Row]) -> None:
+    def _keep(self, users: Iterable[str]) -> None:
         """Users that a call had to do with."""
         self._calls += 1
-        self._rows = self._rows | {user: row._replace(used=self._calls) for user, row in rows.items()}
+        self._rows = self._rows | {user: self._rows[user]._replace(used=self._calls) for user in users}
 
     def _longest_idle(self) -> list[str]:
         return sorted(self._rows, key=lambda user: self._rows[user].used)

@@ -12,6 +12,7 @@ from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from hope_jax.online import Owner, Pool, Session, ema, never
 from hope_jax.online.answer import choices
+from hope_jax.online.slots import put
 from hope_jax.training.errors import UserError
 
 SLOTS = 4
@@ -52,14 +53,17 @@ def linear(request):
 
 
 # A script is a list of events: ("admit", user, "left" or "copy"), ("evict", user, through a file), ("copy", user,
-# through a file), ("observe", {user: (tokens, allowed)}) and ("ask", {user: (prompt, seed)}, options of `generate`).
-# Who is admitted goes on from where they left, or from their last copy.
+# through a file), ("forget", user, level), ("score", user, tokens), ("observe", {user: (tokens, allowed)}) and
+# ("ask", {user: (prompt, seed)}, options of `generate`). Who is admitted goes on from where they left, or from their
+# last copy.
 
 
-SHARES = {"admit": 0.2, "evict": 0.1, "copy": 0.1, "restore": 0.1, "observe": 0.3, "ask": 0.2}
+SHARES = {"admit": 0.2, "evict": 0.1, "copy": 0.1, "restore": 0.1}
+SHARES |= {"forget": 0.1, "score": 0.1, "observe": 0.2, "ask": 0.1}
+LEVELS = ("fast", "level_1", 1, "context", "all")
 
 
-def random_script(seed, length=36):
+def random_script(seed, length=40):
     rng = np.random.default_rng(seed)
     inside, copied = [], set()
     script: list[Any] = []
@@ -81,6 +85,10 @@ def random_script(seed, length=36):
                 inside.remove(user)
             else:
                 copied.add(user)
+        if kind == "forget" and inside:
+            script.append((kind, str(rng.choice(inside)), LEVELS[rng.integers(len(LEVELS))]))
+        if kind == "score" and inside:
+            script.append((kind, str(rng.choice(inside)), rng.integers(97, 123, rng.choice([2, 9, 60]))))
         if kind == "observe" and some:
             lengths = rng.choice([0, 1, 5, 8, 9, 40, 150], len(some))
             texts = {
@@ -116,6 +124,10 @@ def play(model, script, folder, only=USERS, slots=None):
                     pool.evict(user)
                 placed.append([owner.user for owner in pool.owners].index(who))
                 assert pool.session(who).digest() == digest
+            elif kind == "forget":
+                pool.forget(who, *rest)
+            elif kind == "score":
+                log[who].append(pool.score(who, *rest))
             else:
                 session = pool.evict(who) if kind == "evict" else pool.session(who)
                 log[who].append(digest := session.digest())
@@ -144,18 +156,22 @@ def told(report):
 
 
 def play_session(model, script: list[Any], user):
-    session, texts = model.session(), []
+    session, texts, scores = model.session(), [], []
     kept = {"left": session, "copy": session}
     for kind, who, *rest in script:
         if kind == "admit" and who == user:
             session = kept[rest[0]].fork()
         if kind in ("evict", "copy") and who == user:
             kept["left" if kind == "evict" else "copy"] = session.fork()
+        if kind == "forget" and who == user:
+            session.forget(*rest)
+        if kind == "score" and who == user:
+            scores.append(session.score(*rest))
         if kind == "observe" and user in who:
             session.observe(who[user][0], update_allowed=who[user][1])
         if kind == "ask" and user in who:
             texts.append(session.generate(who[user][0], seed=who[user][1], **rest[0]))
-    return session, texts
+    return session, texts, scores
 
 
 def assert_close(session, other):
@@ -189,15 +205,18 @@ def check_that_nobody_sees_others(model, seed, folder):
         assert placed_alone == slots
         assert log[user] == log_alone[user]
         assert sessions[user].digest() == alone[user].digest()
-        session, texts = play_session(model, script, user)
+        session, texts, scores = play_session(model, script, user)
         assert_close(sessions[user], session)
+        np.testing.assert_allclose([nats for nats in log[user] if isinstance(nats, float)], scores, rtol=2e-4)
         assert texts == [text for text in log[user] if isinstance(text, str) and len(text) != 64]
 
 
 def test_the_scripts_reach_everything():
     """Above all, copies whose owner has read more since; and sessions that come back, from memory or a file."""
     for seed in range(8):
-        assert {kind for kind, *_ in random_script(seed)} == {"admit", "evict", "copy", "observe", "ask"}
+        assert {kind for kind, *_ in random_script(seed)} == set(SHARES) - {"restore"}
+    forgotten = {rest[0] for seed in range(3) for kind, _, *rest in random_script(seed) if kind == "forget"}
+    assert forgotten == set(LEVELS)
     found = set()
     for seed in range(3):
         copied, stale, left = {}, set(), {}
@@ -209,9 +228,9 @@ def test_the_scripts_reach_everything():
                 stale -= {who}
             elif kind == "evict":
                 left[who] = rest[0]
-            elif rest[0] == "copy" and who in stale:
+            elif kind == "admit" and rest[0] == "copy" and who in stale:
                 found.add(("copy", copied[who]))
-            elif rest[0] == "left" and who in left:
+            elif kind == "admit" and rest[0] == "left" and who in left:
                 found.add(("left", left[who]))
     assert found == {(where, through_file) for where in ("copy", "left") for through_file in (True, False)}
 
@@ -236,7 +255,7 @@ def test_a_poisoned_neighbour_changes_nothing(attention, value):
             if poisoned:
                 row = pool._rows["bob"]
                 wrong = jax.tree.map(lambda leaf: filled(leaf, value), pool.session("bob").snapshot().state)
-                pool._fill(row.slot, wrong)
+                pool._fill(row.slot, wrong, pool._rows)
             texts[i] = pool.generate(dict.fromkeys(pool.users, "? "), max_tokens=10)
         return [(pool.session(user).digest(), [text[user] for text in texts.values()]) for user in ("ann", "cid")]
 
@@ -264,6 +283,58 @@ def test_an_interrupt_loses_nothing(attention, monkeypatch, interrupted):
     unbroken.admit("ann")
     unbroken.observe({"ann": text})
     assert pool.evict("ann").digest() == unbroken.evict("ann").digest() and not pool.users
+
+
+def test_an_interrupt_while_it_forgets_changes_nothing(attention, monkeypatch, interrupted):
+    pool = attention.pool()
+    pool.admit("ann")
+    pool.observe({"ann": "a few chunks, and some more tokens"})
+    pool.generate({"ann": "and"}, max_tokens=3)
+    before = pool.session("ann")
+    monkeypatch.setattr("hope_jax.online.pool.put", interrupted(put))
+    with pytest.raises(KeyboardInterrupt):
+        pool.forget("ann", "all")
+    assert pool.session("ann").digest() == before.digest()
+    assert pool.generate({"ann": "?"}, temperature=0) == {"ann": before.generate("?", temperature=0)}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_user_forgets_as_a_session_does(attention, level, tmp_path):
+    """To the bit from where the pool has brought it, also after it was a file; the others do not notice."""
+    pool, others = attention.pool(), ("ann", "cid")
+    for user in (*others, "bob"):
+        pool.admit(user)
+    pool.observe({user: f"what {user} says, and a few chunks more than that" for user in pool.users})
+    pool.generate(dict.fromkeys(pool.users, "so"), max_tokens=3)
+    session, before = pool.session("bob"), {user: pool.session(user).digest() for user in others}
+    pool.forget("bob", level)
+    session.forget(level)
+    assert pool.session("bob").digest() == session.digest()
+    assert {user: pool.session(user).digest() for user in others} == before
+    asked = {"max_tokens": 10, "temperature": 0}
+    assert pool.generate({"bob": ""}, learn=False, **asked) == {"bob": session.generate("", learn=False, **asked)}
+
+    pool.evict("bob").save(tmp_path / "bob")
+    again = online.open(tmp_path / "bob", attention.config, attention.params)
+    again.forget("context")
+    session.forget("context")
+    pool.admit("bob", again)
+    pool.forget("bob")
+    session.forget()
+    assert pool.session("bob").digest() == session.digest()
+
+
+def test_a_score_is_that_of_a_session_and_leaves_no_trace(attention):
+    pool, text = attention.pool(), "what comes next, in more tokens than are left of the context " * 2
+    for user in ("ann", "bob"):
+        pool.admit(user)
+    fresh = pool.score("ann", text)
+    assert fresh == attention.session().score(text)
+    pool.observe({"bob": text})
+    pool.generate(dict.fromkeys(pool.users, "so"), max_tokens=3)
+    before = bits(pool._state), bits(pool._ahead), [pool.session(user).digest() for user in pool.users]
+    assert pool.score("bob", text) == pool.session("bob").score(text) < fresh
+    assert (bits(pool._state), bits(pool._ahead), [pool.session(user).digest() for user in pool.users]) == before
 
 
 def test_a_freed_slot_holds_no_trace(attention):
@@ -365,15 +436,31 @@ def test_refusals(attention):
     pool.generate({"bob": "?"}, max_tokens=1, learn=False)
     with pytest.raises(UserError, match="longest idle: 'dan', 'eve', 'ann'"):
         pool.admit("cid")
+    pool.forget("dan")
+    pool.score("eve", "hi")
+    with pytest.raises(UserError, match="longest idle: 'ann', 'bob', 'dan'"):
+        pool.admit("cid")
 
     before = [pool.session(user).digest() for user in pool.users]
-    for call in (pool.evict, pool.session, lambda user: pool.observe({"ann": "more", user: "x"})):
+    for call in (
+        pool.evict,
+        pool.session,
+        pool.forget,
+        lambda user: pool.score(user, "hi"),
+        lambda user: pool.observe({"ann": "more", user: "x"}),
+    ):
         with pytest.raises(UserError, match="'cid' is not among the 4 users of the pool"):
             call("cid")
     with pytest.raises(UserError, match="'cid' is not among"):
         pool.answer({"ann": "?", "cid": "?"})
     with pytest.raises(UserError, match="tokens are 0 to 255"):
         pool.observe({"ann": "more", "bob": [300]})
+    with pytest.raises(UserError, match="tokens are 0 to 255"):
+        pool.score("ann", [300])
+    with pytest.raises(UserError, match="nothing to score: 1 tokens"):
+        pool.score("dan", "x")
+    with pytest.raises(UserError, match="nothing is called 'level_9' in this session; it has fast, level_0"):
+        pool.forget("ann", "level_9")
     with pytest.raises(UserError, match=r"update_allowed is one for all.*'bob' is in one only"):
         pool.observe({"ann": "more", "bob": "more"}, update_allowed={"ann": True})
     with pytest.raises(UserError, match="max_tokens must be at least 1"):
