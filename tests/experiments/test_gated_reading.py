@@ -20,7 +20,7 @@ TEXT = np.random.default_rng(0).integers(97, 123, size=(2, 21)).astype(np.uint8)
 
 
 def test_gates_lie_between_learning_and_not_learning():
-    """20 bytes are 5 chunks of 4; the last is never written."""
+    """20 bytes are 5 chunks of 4; after the last nothing is read that would tell whether it was written."""
     params = jax.jit(build_lm(PLAIN).init)(jax.random.key(0))
     read = gated_reader(LEARNING)
 
