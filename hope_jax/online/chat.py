@@ -48,8 +48,6 @@ class Chat:
 
     def __init__(self, session: Session, file: Path | None, console: Console, **options: Any):
         self.session, self.file, self.console, self.options = session, file, console, options
-        self.start = session.fork()
-        self.start.forget("all")
         self.learn = True
         self.saved: str | None = session.digest() if session.file else None
         self.commands: dict[str, Callable[[str], None]] = {
@@ -121,7 +119,7 @@ class Chat:
 
     def levels(self, _: str) -> None:
         """/levels"""
-        now, moved = self.session.observe(""), self.session.diff(self.start)
+        now, moved = self.session.observe(""), self.session.diff()
         self.say(f"{self.session.tokens:,} tokens read, {now.held} of them wait for a whole chunk")
         self.console.print(level_table([level._replace(moved=moved[level.name]) for level in now.levels]))
 

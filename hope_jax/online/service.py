@@ -301,10 +301,8 @@ async def _write(path: Path, request: Request) -> None:
 
 
 async def _telemetry(held: Held) -> dict[str, Any]:
-    session, start = held.session, held.start
-    moved, digest, now = await held.run(
-        lambda: (session.diff(start), session.digest(), session.observe("")), changes=False
-    )
+    session = held.session
+    moved, digest, now = await held.run(lambda: (session.diff(), session.digest(), session.observe("")), changes=False)
     levels = [
         {"name": one.name, "chunk_size": one.chunk_size, "pending": one.pending, "moved": moved[one.name]}
         for one in now.levels

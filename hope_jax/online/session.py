@@ -275,16 +275,20 @@ class Session:
         made._now = Snapshot(made.fresh_state(), Place(NOTHING, self._now.place.seen))
         return made
 
-    def diff(self, other: "Session") -> dict[str, float]:
+    def diff(self, other: "Session | None" = None) -> dict[str, float]:
         """How far the levels of two sessions of one model are apart, over the norm of their start weights.
+
+        Args:
+          other: None: one that has read nothing.
 
         Raises:
           UserError: the sessions are of different models.
         """
+        fresh = self.of_params(self.params)
+        other = other or fresh
         if self.model != other.model or (self.params is not other.params and self.base != other.base):
             raise UserError("these are sessions of two different models; there is nothing to compare")
-        start = self.stream.weights(self.fresh_state().nest.levels)
-        apart = jax.tree.map(jnp.subtract, self.weights(), other.weights())
+        start, apart = fresh.weights(), jax.tree.map(jnp.subtract, self.weights(), other.weights())
         return {f"level_{i}": _norm(a) / _norm(s) for i, (a, s) in enumerate(zip(apart, start, strict=True))}
 
     def digest(self) -> str:

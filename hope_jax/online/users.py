@@ -52,11 +52,6 @@ class Held:
         assert self._user.session is not None
         return self._user.session
 
-    @property
-    def start(self) -> Session:
-        """What every session starts from."""
-        return self._users.base
-
     async def replace(self, session: Session) -> None:
         """Puts another session in its place."""
         if self._user.session is None:

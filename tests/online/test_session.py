@@ -81,6 +81,7 @@ def test_a_report_says_what_was_read_and_moved(whole, text):
     assert report.after < report.before and report.written == 1 and not report.warnings
     assert fast.moved > 0 and slow.moved > 0 and "level_1" in str(report)
     apart = session.diff(online.Session(session.model, session.params))
+    assert session.diff() == apart
     assert apart == pytest.approx({"level_0": fast.moved, "level_1": slow.moved}, rel=1e-5)
 
 
