@@ -6,6 +6,8 @@ import threading
 
 import uvicorn
 
+from hope_jax.online.serve import HTTP
+
 TOKEN = "a secret"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -14,7 +16,7 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 def running(app):
     """A real server on a free port; its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(uvicorn.Config(app, http=HTTP, log_level="warning", access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

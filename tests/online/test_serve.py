@@ -1,6 +1,7 @@
 """The service: one session per user, whatever clients do to it."""
 
 import asyncio
+import contextlib
 import errno
 import io
 import json
@@ -476,6 +477,23 @@ def test_a_command_line_that_cannot_be(base, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "hope_jax.online.serve", None)
     assert main(["serve", "/nowhere/run"]) == 2
     assert "pip install 'hope-jax[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begun", [b"GET /health HTTP/1.1\r\nHost: ", b"GET /"])
+def test_a_header_without_an_end_is_not_kept(base, tmp_path, begun):
+    """It comes before the token; the limit is that of the HTTP library."""
+    sent, most = 0, 1 << 24
+    with running(build_app(base, tmp_path, token=TOKEN)) as address:
+        with (
+            socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client,
+            contextlib.suppress(ConnectionError),
+        ):
+            client.sendall(begun)
+            while sent < most:
+                client.sendall(b"a" * 65_536)
+                sent += 65_536
+        assert sent < most
+        assert httpx2.get(f"{address}/health").status_code == 200
 
 
 @pytest.mark.slow
