@@ -28,9 +28,7 @@ def add(commands: Commands) -> None:
     """Adds the commands."""
     learn = _command(commands, "learn", "read a text into a session: hope learn RUN --session FILE --data FILE", _FLOW)
     learn.add_argument("--session", type=Path, required=True, metavar="FILE", help="it is continued if it exists")
-    learn.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text file; all of it is read into memory"
-    )
+    learn.add_argument("--data", type=Path, required=True, metavar="FILE", help="a UTF-8 text file, or a pipe")
     learn.set_defaults(function=_learn)
 
     chat = _command(commands, "chat", "talk with a run that learns from it, and see it learn", _FLOW)

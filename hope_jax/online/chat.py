@@ -12,15 +12,17 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from hope_jax.online.learn import read_file, read_with_progress, save_beside, start_or_continue
+from hope_jax.online.learn import read_with_progress, save_beside, start_or_continue
 from hope_jax.online.report import LevelReport, Report
 from hope_jax.online.session import Session
+from hope_jax.online.text_file import check_text
 from hope_jax.training.errors import UserError
 from hope_jax.training.watch import sparkline
 
 PROMPT = "> "
 WIDTH = 16  # characters of a bar
 CURVE = 40  # of the line of losses
+MOST_LINE = 1 << 20  # bytes of a line
 BYTES = "surrogateescape"  # bytes that are not UTF-8 are half characters in a line, and bytes again for the session
 # What would move the cursor or colour the terminal, and half characters, are shown as a mark.
 UNSHOWN = [*range(32), *range(127, 160), *range(0xD800, 0xE000)]
@@ -78,6 +80,11 @@ class Chat:
 
     def take(self, line: str) -> None:
         """One line: a command, or text to learn from and to answer."""
+        if len(line.encode(errors=BYTES)) > MOST_LINE:
+            raise UserError(
+                f"a line has at most {MOST_LINE:,} bytes, and nothing was learned from this one; "
+                "put a long text into a file, for /load FILE or hope learn --data FILE"
+            )
         word, _, rest = line.strip().partition(" ")
         if word.startswith("/"):
             if word not in self.commands:
@@ -110,8 +117,9 @@ class Chat:
 
     def load(self, name: str) -> None:
         """/load"""
-        text = read_file(Path(name).expanduser())
-        self.console.print(learned(read_with_progress(self.session, text, self.console, learn=self.learn)))
+        text = check_text(_path(name))
+        for report in read_with_progress(self.session, text, self.console, learn=self.learn):
+            self.console.print(learned(report))
 
     def score(self, text: str) -> None:
         """/score"""
@@ -137,7 +145,7 @@ class Chat:
 
     def save(self, name: str) -> None:
         """/save"""
-        file = Path(name).expanduser() if name else self.file
+        file = _path(name) if name else self.file
         if file is None:
             raise UserError("nowhere to save to; write /save FILE, or start with --session FILE")
         self.session.save(file)
@@ -160,6 +168,16 @@ class Chat:
     def say(self, text: str, style: str = "dim") -> None:
         """A line of the program, not of the model."""
         self.console.print(Text(text.translate(CONTROL), style=style), soft_wrap=True)
+
+
+def _path(name: str) -> Path:
+    """A file by its name in a line."""
+    if "\0" in name:
+        raise UserError(f"no file is called {name!r:.80}; a name has no NUL bytes")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~stranger
+        raise UserError(f"{name.partition('/')[0]} is nobody's home; give the file's whole name") from error
 
 
 def learned(report: Report) -> Group:
@@ -231,9 +249,12 @@ def chat(
 
 
 def _piped(file: BinaryIO) -> Iterator[str]:
-    """Lines of a file or another program."""
-    for line in file:
+    """Lines of a file or another program; of one that is too long its beginning, which is too long as well."""
+    most = MOST_LINE + len(b"\r\n")
+    while line := file.readline(most):
         yield line.removesuffix(b"\n").removesuffix(b"\r").decode(errors=BYTES)
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most)
 
 
 def _typed() -> Iterator[str]:

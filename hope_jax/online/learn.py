@@ -11,11 +11,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hope_jax.online.gates import parse_gate
 from hope_jax.online.keeping import from_run
 from hope_jax.online.keeping import open as open_session
-from hope_jax.online.reading import joined, read, without_losses
+from hope_jax.online.reading import joined, without_losses
 from hope_jax.online.report import Report
 from hope_jax.online.session import Session
+from hope_jax.online.text_file import TextFile, check_text, file_pieces
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import apply_overrides
+
+CALLS_A_PART = 4096  # of about a thousand tokens
 
 
 def learning_options(gate: str | None, max_moved: float | None) -> dict[str, Any]:
@@ -73,36 +76,40 @@ def start_or_continue(
     return session
 
 
-def read_file(path: Path) -> str:
-    """A text file. All of it is in memory, and its tokens too when it is read into a session.
+def read_with_progress(session: Session, text: TextFile, console: Console, *, learn: bool = True) -> Iterator[Report]:
+    """Observes a text, with a bar on a terminal; Ctrl-C ends it early, and what was read stays read.
+
+    Args:
+      session: it reads, and learns.
+      text: what comes next in its stream.
+      console: where the bar is.
+      learn: False: it reads and does not learn.
+    Yields:
+      What was read, in parts of `CALLS_A_PART` calls: a report grows with its chunks.
 
     Raises:
-      UserError: there is none, it is empty, or it is not UTF-8.
+      UserError: as `file_pieces`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if not text:
-        raise UserError(f"{path} is empty; give a file with text")
-    return text
-
-
-def read_with_progress(session: Session, text: str, console: Console, *, learn: bool = True) -> Report:
-    """Observes a text, with a bar on a terminal; Ctrl-C ends it early, and what was read stays read."""
-    reports: list[Report] = []
     columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0, loss="compiling ...")
-        try:
-            for report, share in read(session, text, update_allowed=learn):
-                reports.append(without_losses(report))
-                bar.update(task, completed=share, loss=f"{report.before:.3f} nats/token")
-        except KeyboardInterrupt:
-            console.print(f"stopped; {sum(one.tokens for one in reports):,} tokens are read")
-    return joined(session, reports)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    pieces, total = file_pieces(session, text)
+    task = bar.add_task("", total=total, loss="compiling ...")
+    read, more, stopped = 0, True, False
+    while more and not stopped:
+        reports: list[Report] = []
+        with bar:
+            try:
+                for piece in itertools.islice(pieces, CALLS_A_PART):
+                    report = session.observe(piece, update_allowed=learn)
+                    reports.append(without_losses(report))
+                    read += report.tokens
+                    bar.update(task, completed=read, loss=f"{report.before:.3f} nats/token")
+            except KeyboardInterrupt:
+                console.print(f"stopped; {read:,} tokens are read")
+                stopped = True
+        more = len(reports) == CALLS_A_PART
+        if reports or stopped or not read:
+            yield joined(session, reports)
 
 
 def save_beside(session: Session, file: Path) -> Path:
@@ -120,28 +127,31 @@ def save_beside(session: Session, file: Path) -> Path:
 def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str], **options: Any) -> None:
     """What `hope learn` does: reads a text into a session's file, and says what it learned.
 
+    The file is saved at the end and, of a long text, after each part that is reported.
+
     Args:
       run_dir: of the run.
       file: of the session.
-      data: the text, as of `read_file`.
+      data: the text, as of `check_text`.
       overrides: fields of the model config.
       options: gate and max_moved, as of `start_or_continue`.
 
     Raises:
-      UserError: as `start_or_continue` and `read_file`, or the file cannot be written; the session is beside it then.
+      UserError: as `start_or_continue`, `check_text` and `file_pieces`, or the file cannot be written; the session is
+        beside it then.
     """
     from hope_jax.online.chat import learned
 
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    text = read_file(data)
+    text = check_text(data)
     session = start_or_continue(run_dir, file, overrides, **options)
-    report = read_with_progress(session, text, console)
-    try:
-        session.save(file)
-    except UserError as error:
-        raise UserError(f"{error}; what was learned is in {save_beside(session, file)}") from error
-    console.print(learned(report))
-    console.print(f"saved {file}: {session.tokens:,} tokens")
+    for report in read_with_progress(session, text, console):
+        try:
+            session.save(file)
+        except UserError as error:
+            raise UserError(f"{error}; what was learned is in {save_beside(session, file)}") from error
+        console.print(learned(report))
+        console.print(f"saved {file}: {session.tokens:,} tokens")
 
 
 def answer_from(run_dir: Path, file: Path, prompt: str, **options: Any) -> Iterator[str]:

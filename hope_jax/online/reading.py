@@ -1,7 +1,7 @@
 """Reading a long text in pieces that can be watched, and the JSON form of what came of it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,38 +13,8 @@ from hope_jax.online.stream import TOKENS_A_CALL
 
 def pieces(session: Session, text: str, size: int = TOKENS_A_CALL) -> list[np.ndarray]:
     """The tokens of a text, cut every `size` tokens: read one after another they are the whole text, to the bit."""
-    tokens = session.vocabulary.encode([text])[0]
+    tokens = session.encode(text)
     return [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
-
-
-def read(
-    session: Session, text: str, *, update_allowed: bool = True, size: int = TOKENS_A_CALL
-) -> Iterator[tuple[Report, float]]:
-    """Observes a text piece by piece.
-
-    Args:
-      session: it reads, and learns.
-      text: what comes next in its stream.
-      update_allowed: as of `Session.observe`.
-      size: tokens of a piece.
-    Yields:
-      What a piece did, and the share of the text that has been read.
-
-    Example:
-      >>> import jax
-      >>> from hope_jax.models import ModelConfig, build_lm
-      >>> levels = {"cms_hidden": (32, 32), "cms_chunks": (16, 64)}
-      >>> config = ModelConfig(name="hope_attention", dim=16, layers=1, **levels)
-      >>> session = Session(config, build_lm(config).init(jax.random.key(0)))
-      >>> [(report.tokens, share) for report, share in read(session, "abc " * 25, size=64)]
-      [(64, 0.64), (36, 1.0)]
-    """
-    all_pieces = pieces(session, text, size)
-    total, done = sum(map(len, all_pieces)), 0
-    for piece in all_pieces:
-        report = session.observe(piece, update_allowed=update_allowed)
-        done += len(piece)
-        yield report, done / total
 
 
 def joined(session: Session, reports: Sequence[Report]) -> Report:

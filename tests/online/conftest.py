@@ -39,11 +39,11 @@ def interrupted():
     def stop(function):
         calls = []
 
-        def second(*arguments):
+        def second(*arguments, **options):
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return second
 

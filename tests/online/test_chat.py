@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from rich.console import Console
 
 from hope_jax import online
 from hope_jax.cli import main
-from hope_jax.online.chat import Chat, _typed, chat
-from hope_jax.online.learn import learn_file, read_with_progress, start_or_continue
+from hope_jax.online.chat import MOST_LINE, Chat, _piped, _typed, chat
+from hope_jax.online.learn import learn_file, start_or_continue
 from hope_jax.training.errors import UserError
 
 FACT = "The password of the archive is swordfish."
@@ -106,6 +107,55 @@ def test_what_a_pipe_sends_is_read_byte_by_byte(run, config, params, tmp_path, m
     assert online.open(tmp_path / "alice.hope", config, params).digest() == other.digest()
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_of_the_greatest_length_is_read_and_a_longer_one_is_not(session, config, params, monkeypatch, end):
+    """Nothing is learned from it, and the lines before and after it are."""
+    monkeypatch.setattr("hope_jax.online.chat.MOST_LINE", 16)
+    read, longer = "/tell écaf\N{BLACK SQUARE}xy".encode(), b"/tell 12345678901"
+    assert len(read) == 16 and len(longer) == 17
+    sent = [read, longer, b"/tell b", b"/tell " + b"c" * 1000, read, longer * 5]
+    shown = converse(session, *_piped(io.BytesIO(end.join(sent))))
+    assert shown.count("a line has at most 16 bytes, and nothing was learned from this one") == 3
+    assert "/load FILE or hope learn --data FILE" in shown
+    other = online.Session(config, params)
+    other.observe(b"\n".join([read[6:], b"b", read[6:], b""]))
+    assert session.digest() == other.digest()
+
+
+def test_the_last_line_may_be_of_the_greatest_length(session, monkeypatch):
+    monkeypatch.setattr("hope_jax.online.chat.MOST_LINE", 16)
+    assert "10 tokens read" not in converse(session, *_piped(io.BytesIO(b"/tell 1234567890x")))
+    assert "11 tokens read" in converse(session, *_piped(io.BytesIO(b"/tell 1234567890")))
+
+
+class Endless(io.RawIOBase):
+    """A line of so many bytes, then another."""
+
+    def __init__(self, size):
+        self.left = size
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if self.left > 0:
+            buffer[:] = b"a" * len(buffer)
+            self.left -= len(buffer)
+            return len(buffer)
+        rest, self.left = (b"\n/tell on\n", -1) if self.left == 0 else (b"", -1)
+        buffer[: len(rest)] = rest
+        return len(rest)
+
+
+def test_a_line_is_in_memory_up_to_its_limit():
+    tracemalloc.start()
+    lines = [len(line) for line in _piped(io.BufferedReader(Endless(1 << 26)))]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines == [MOST_LINE + 2, len("/tell on")]
+    assert peak < 6 * MOST_LINE  # joined from parts, then decoded; the line has 64
+
+
 def test_a_bad_byte_at_the_terminal_is_a_byte(session, config, params, monkeypatch):
     keyboard = io.TextIOWrapper(io.BytesIO(b"/tell caf\xe9\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", keyboard)
@@ -122,6 +172,7 @@ def test_what_learn_cannot_save_is_beside(run, config, params, tmp_path, monkeyp
     def read(session, *_):  # meanwhile another process saves the file
         session.observe(FACT)
         online.Session(config, params).save(file)
+        yield session.report([], 0, 0)
 
     monkeypatch.setattr("hope_jax.online.learn.read_with_progress", read)
     with pytest.raises(UserError, match=r"what was learned is in .*alice\.hope\.1"):
@@ -149,11 +200,6 @@ def test_a_gate_for_a_new_session_and_its_own_for_one_that_goes_on(run, tmp_path
         start_or_continue(run, None, max_moved=-1.0)
 
 
-def test_the_losses_of_a_long_text_are_not_kept(session):
-    report = read_with_progress(session, FACT, Console(file=io.StringIO()))
-    assert report.chunks.losses.shape == (0, session.chunk_size) and len(report.chunks.before) > 1
-
-
 def test_it_says_that_nothing_was_saved(session, tmp_path):
     assert "nothing was saved; start with --session FILE" in converse(session, "/tell a")
     assert "saved" not in converse(session, f"/save {tmp_path / 'a.hope'}").partition("saved")[2]
@@ -164,6 +210,9 @@ def test_it_says_that_nothing_was_saved(session, tmp_path):
     [
         ("/laod x", "no command '/laod'; there are /tell, /load"),
         ("/load /nowhere/text.txt", "cannot read /nowhere/text.txt"),
+        ("/load ~nobody.at.all/text.txt", "~nobody.at.all is nobody's home"),
+        ("/load a\0b", "a name has no NUL bytes"),
+        ("/save a\0b", "a name has no NUL bytes"),
         ("/forget level_7", "nothing is called 'level_7' in this session; it has fast, level_0"),
         ("/learn maybe", "write /learn on or /learn off"),
         ("/save", "write /save FILE"),
