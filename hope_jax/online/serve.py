@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import uvicorn
@@ -19,7 +19,8 @@ from hope_jax.online.service import build_app
 from hope_jax.online.session import Session
 from hope_jax.training.errors import UserError
 
-HTTP = "h11"  # it refuses a long header or address; httptools, which uvicorn prefers where it is, keeps any in memory
+# It refuses a long header or address; httptools, which uvicorn prefers where it is installed, keeps any in memory.
+HTTP: Literal["h11"] = "h11"
 
 
 def serve(
@@ -74,9 +75,7 @@ def serve(
         console.print(f"serving {run_dir}, sessions in {directory}; Ctrl-C saves them and stops")
         console.print(f"http://{name}:{listener.getsockname()[1]}/" + ("" if known else f"#token={token}"))
         with _signals_are_for_uvicorn():
-            config = uvicorn.Config(
-                app, http="h11", log_level="warning", access_log=False, timeout_graceful_shutdown=30
-            )
+            config = uvicorn.Config(app, http=HTTP, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
             _Server(config).run(sockets=[listener])
 
 
