@@ -14,9 +14,9 @@ the bits per byte are measured of what it has read (the first `measured` bytes) 
                    lambda L (`keep`) holding that one where it was (spec 11.4)
 
 Errors that wait for a slow level's clock when the reading ends are written while the first chunk is measured, the same
-in the others. "kept" is the share of what emptying loses on what was read that sleep saves. Sleep is accepted if
-"rested" lies below "emptied" on every text read, and on what was not read at most `bound` bits per byte above it. Mean
-and standard deviation over the texts. The picture is plots/consolidation.png, the numbers results/consolidation.json.
+in the others. "kept" is the share of what emptying loses on what was read that sleep saves. Sleep is "accepted" where
+it keeps something (`LEAST`) and what was not read costs at most `bound` bits per byte more than "emptied". Mean and
+standard deviation over the texts. The picture is plots/consolidation.png, the numbers results/consolidation.json.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from hope_jax.training.errors import UserError
 
 READ, UNREAD = KINDS = ("read", "not read")
 RESTED = "rested"
+LEAST = 0.01  # of what emptying loses: a sleep that keeps less keeps nothing
 
 type Bits = dict[str, dict[str, list[float]]]  # state, kind: one per text
 
@@ -147,33 +148,28 @@ def compare(options: SleepOptions) -> Bits:
 def kept(found: Bits, name: str) -> list[float]:
     """The share of what emptying loses that a state does not lose, one per text; nan where it loses nothing.
 
-    >>> kept({"awake": {"read": [2.0]}, "emptied": {"read": [3.0]}, "rested": {"read": [2.25]}}, "rested")
-    [0.75]
+    >>> found = {"awake": {"read": [2.0, 3.0]}, "emptied": {"read": [3.0, 2.9]}, "rested": {"read": [2.25, 2.95]}}
+    >>> kept(found, "rested")
+    [0.75, nan]
     """
     states = (found[state][READ] for state in ("awake", "emptied", name))
     return [
-        (emptied - mine) / (emptied - awake) if emptied != awake else math.nan
+        (emptied - mine) / (emptied - awake) if emptied > awake else math.nan
         for awake, emptied, mine in zip(*states, strict=True)
     ]
 
 
-def accepted(found: Bits, bound: float) -> list[str]:
-    """The rested states that are below "emptied" on every text read, and within the bound of it on what was not."""
-    emptied = found["emptied"]
-    return [
-        name
-        for name, mine in found.items()
-        if name.startswith(RESTED)
-        and all(a < b for a, b in zip(mine[READ], emptied[READ], strict=True))
-        and all(a <= b + bound for a, b in zip(mine[UNREAD], emptied[UNREAD], strict=True))
-    ]
+def accepted(found: Bits, name: str, bound: float) -> list[float]:
+    """1 for each text of which a state has kept `LEAST`, the other text costing at most `bound` more than emptied."""
+    others = zip(kept(found, name), found[name][UNREAD], found["emptied"][UNREAD], strict=True)
+    return [float(share >= LEAST and mine <= emptied + bound) for share, mine, emptied in others]
 
 
-def values_of(found: Bits) -> Values:
+def values_of(found: Bits, bound: float) -> Values:
     """The table's numbers."""
     return {
         name: {f"bits per byte, {kind}": by_kind[kind] for kind in KINDS}
-        | ({"kept": kept(found, name)} if name.startswith(RESTED) else {})
+        | ({"kept": kept(found, name), "accepted": accepted(found, name, bound)} if name.startswith(RESTED) else {})
         for name, by_kind in found.items()
     }
 
@@ -193,12 +189,11 @@ def draw(found: Bits, options: SleepOptions) -> Path:
 def run(options: SleepOptions, console: Console) -> tuple[Bits, Path]:
     """Compares, prints, writes and draws."""
     found = compare(options)
-    comparison = write_comparison(
-        options.results, "consolidation", "Sleep: bits per byte", "texts", values_of(found), options
+    over = f"{len(options.data)} texts; rested N, L: N bytes of replay, lambda L"
+    values = values_of(found, options.bound)
+    console.print(
+        table_of(write_comparison("consolidation", "Sleep: what is kept, at what cost", over, values, options))
     )
-    console.print(table_of(comparison))
-    good = accepted(found, options.bound)
-    console.print(f"accepted, at most {options.bound:g} bits per byte above emptied: {'; '.join(good) or 'none'}")
     return found, draw(found, options)
 
 

@@ -16,7 +16,7 @@ class Reading(NamedTuple):
     """What came of reading."""
 
     bits_T: np.ndarray  # [T] bits per byte of each place in whole chunks, the mean over rows
-    written: float  # share of the chunks that were written, of all but the last
+    written: float  # share of the chunks that were written, of all but the last; 0 where there is one only
 
 
 def first(count: int) -> Gate:
@@ -43,6 +43,7 @@ def gated_reader(config: ModelConfig) -> Callable[[Any, np.ndarray, Gate], Readi
         session = Session(config, params, gate=gate, measure_after=False)
         chunks = [session.fork().observe(window_T).chunks for window_T in windows_BT]
         nats_T = np.mean([one.losses.ravel() for one in chunks], axis=0)
-        return Reading(nats_T / math.log(2), float(np.mean([one.wrote[:-1] for one in chunks])))
+        could_write = np.concatenate([one.wrote[:-1] for one in chunks])
+        return Reading(nats_T / math.log(2), float(could_write.mean()) if could_write.size else 0.0)
 
     return read

@@ -148,7 +148,7 @@ def config_of(options: StackingOptions, levels: int, steps: int, seed: int) -> T
 
 def cold(options: StackingOptions, seed: int) -> tuple[list[Path], float]:
     """All levels at once: the run, and its validation bits per byte."""
-    config = config_of(options, len(options.clocks), options.steps, seed)
+    config = config_of(options, len(options.clocks), options.steps, _of_stage(options, seed, 0))
     result = train(config, options.runs / f"seed_{seed}" / "cold", overwrite=True)
     return [result.run_dir], _finished(result.validation_bpb)
 
@@ -157,13 +157,18 @@ def progressive(options: StackingOptions, seed: int) -> tuple[list[Path], float]
     """A level more in every stage: the runs, and the validation bits per byte of the last."""
     stages, bpb = [], 0.0
     for number in range(len(options.clocks)):
-        config = config_of(options, number + 1, options.steps // len(options.clocks), seed + number)
+        config = config_of(options, number + 1, options.steps // len(options.clocks), _of_stage(options, seed, number))
         if stages:
             config = dataclasses.replace(config, start=StartConfig(run=str(stages[-1])))
         result = train(config, options.runs / f"seed_{seed}" / f"stage_{number + 1}", overwrite=True)
         stages.append(result.run_dir)
         bpb = _finished(result.validation_bpb)
     return stages, bpb
+
+
+def _of_stage(options: StackingOptions, seed: int, number: int) -> int:
+    """A seed that no other stage has, of this seed or another."""
+    return len(options.clocks) * seed + number
 
 
 def _finished(bpb: float | None) -> float:
@@ -203,20 +208,15 @@ def values_of(by_seed: list[dict[str, Result]], options: StackingOptions) -> Val
     for way in WAYS:
         results = [found[way] for found in by_seed]
         medians = [[float(np.median(one.gradient[-_tail(options) :])) for one in result.levels] for result in results]
-        rows[way] = {
-            "bits per byte": [one.bits_per_byte for one in results],
-            "levels that hardly learn": [float(len(one.dead)) for one in results],
-        }
+        rows[way] = {"bits per byte": [one.bits_per_byte for one in results]}
         for number, clock in enumerate(options.clocks):
-            medians = [
-                [float(np.median(one.gradient[-_tail(options) :])) for one in result.levels] for result in results
-            ]
             levels = [result.levels[number] for result in results]
             rows[f"{way}, level_{number}, clock {clock}"] = {
                 "gradient": [one[number] for one in medians],
                 "over the greatest": [one[number] / max(one) for one in medians],
                 "least": [float(np.min(smooth(one.steps, one.gradient)[1])) for one in levels],
                 "movement": [float(one.movement[-1]) for one in levels],
+                "hardly learning": [float(f"level_{number}" in one.dead) for one in results],
             }
     return rows
 
@@ -230,7 +230,7 @@ def run(options: StackingOptions, console: Console) -> tuple[Path, list[dict[str
     by_seed = [measure(options, seed) for seed in options.seeds]
     title = "Levels started together and one after another: gradient and movement"
     values = values_of(by_seed, options)
-    console.print(table_of(write_comparison(options.results, "progressive_stacking", title, "seeds", values, options)))
+    console.print(table_of(write_comparison("progressive_stacking", title, f"{len(by_seed)} seeds", values, options)))
     return draw(by_seed[0], options), by_seed
 
 

@@ -23,7 +23,8 @@ HEAD = """# Results
 Written by `python -m experiments.report` from the records in `results/`; numbers with "published" are those of the
 source named under the table. ± is the standard deviation over seeds. "–": not computed. Scores named "bits" are bits
 per byte or per label, fewer are better; all others are percent. Of several configurations the best of those with the
-most seeds is shown. A run that was not finite is in no mean; the cell counts it.
+most seeds is shown. A run that was not finite is in no mean; the cell counts it. Of sections that name what they are
+over, the columns name the units, shares are between 0 and 1, and ± is over what they name.
 """
 
 

@@ -139,9 +139,7 @@ def run(options: CostOptions, console: Console) -> tuple[list[Point], Path]:
         session = online.from_run(options.run, measure_after=False)
     points = measure(session, text, options)
     title = "What a token of a session costs"
-    console.print(
-        table_of(write_comparison(options.results, "session_cost", title, "one stream", values_of(points), options))
-    )
+    console.print(table_of(write_comparison("session_cost", title, "one stream", values_of(points), options)))
     return points, draw(points, options)
 
 

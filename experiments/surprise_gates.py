@@ -177,9 +177,8 @@ def run(options: GateOptions, console: Console) -> tuple[dict[str, list[Reading]
     """Compares, prints, writes and draws."""
     found = compare(options)
     title = "Surprise gates: what of the gain of learning is left when only some chunks are written"
-    console.print(
-        table_of(write_comparison(options.results, "surprise_gates", title, "texts", values_of(found), options))
-    )
+    over = f"{len(options.data)} texts; gain: the share of what always writing saves"
+    console.print(table_of(write_comparison("surprise_gates", title, over, values_of(found), options)))
     return found, draw(found, options)
 
 

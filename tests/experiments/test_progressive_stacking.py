@@ -40,7 +40,9 @@ def test_tiny(tmp_path):
         fast, slow = results[way].levels
         np.testing.assert_array_equal(fast.steps, np.arange(begins, 9))
         np.testing.assert_array_equal(slow.steps, np.arange(1, 9))
-        assert next(read_comparisons(tmp_path)).values[way]["bits per byte"] == [results[way].bits_per_byte]
+        [written] = read_comparisons(tmp_path)
+        assert written.values[way] == {"bits per byte": [results[way].bits_per_byte]}
+        assert written.values[f"{way}, level_1, clock 2"]["movement"] == [results[way].levels[1].movement[-1]]
         assert np.all(fast.gradient > 0) and np.all(slow.gradient > 0) and slow.movement[-1] > 0
 
 

@@ -206,11 +206,13 @@ def test_an_experiment_without_a_layout_shows_all_its_scores(tmp_path):
 
 def test_what_was_measured_side_by_side_has_a_section(tmp_path):
     values = {"awake": {"bits": [1.0, 2.0]}, "rested": {"bits": [1.25], "kept": [math.nan, 1.0]}}
-    found = write_comparison(tmp_path / "sleep.json", "sleep", "Sleep", "texts", values, RecallOptions(steps=7))
+    options = RecallOptions(steps=7, tiny=True, results=tmp_path / "sleep.json")
+    found = write_comparison("sleep", "Sleep", "2 texts", values, options)
+    assert "NaN" not in options.results.read_text()  # which is no JSON
     text = report(ReportOptions(tmp_path, tmp_path)).read_text()
-    lines = ["## Sleep", "", "|  | bits | kept |", "|---|---|---|", "| awake | 1.50 ± 0.707 | – |"]
-    assert "\n".join([*lines, "| rested | 1.25 | – |"]) in text
-    assert "python -m experiments.sleep --steps 7" in text and found.machine in text
+    lines = ["## Sleep", "", "|  | bits | kept |", "|---|---|---|", "| awake | 1.50 ± 0.71 | – |"]
+    assert "\n".join([*lines, "| rested | 1.250 | 1.000 [1 of 2] |"]) in text
+    assert "Over 2 texts." in text and "python -m experiments.sleep --steps 7 --tiny" in text and found.machine in text
 
 
 def test_a_file_that_is_no_comparison_is_named(tmp_path):

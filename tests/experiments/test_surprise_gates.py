@@ -69,7 +69,11 @@ def test_the_embedded_text_that_is_read_is_held_out():
 def test_tiny(tmp_path):
     options = dataclasses.replace(surprise_gates.TINY, out=tmp_path, results=tmp_path / "numbers.json")
     found, picture = surprise_gates.run(options, Console(quiet=True))
-    assert picture.stat().st_size > 0 and set(found) == set(next(read_comparisons(tmp_path)).values)
+    [written] = read_comparisons(tmp_path)
+    assert picture.stat().st_size > 0 and set(found) == set(written.values)
+    for name, [reading] in found.items():
+        assert written.values[name]["chunks written"] == [reading.written]
+        assert written.values[name]["nats per token, second half"] == [reading.loss]
 
 
 def test_a_run_is_needed():
