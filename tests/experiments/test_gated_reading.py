@@ -1,4 +1,4 @@
-"""A gate that is always, never or for some rows open, against readers that learn and that do not."""
+"""A gate that is open for some rows or chunks, against readers that learn and that do not."""
 
 import dataclasses
 
@@ -40,14 +40,9 @@ def test_gates_lie_between_learning_and_not_learning():
 
     one_row = online.Gate("one row", lambda: (jnp.int32(0), jnp.bool(False)), update)
     some = [(learning if row == which else frozen)[row] for row in (0, 1)]
-    for gate, expected, written in (
-        (online.always(), learning, 1.0),
-        (online.never(), frozen, 0.0),
-        (one_row, some, 0.5),
-    ):
-        found = read(params, TEXT, gate)
-        np.testing.assert_allclose(found.bits_T, np.mean(expected, axis=0), rtol=1e-5)
-        assert found.written == written
+    found = read(params, TEXT, one_row)
+    np.testing.assert_allclose(found.bits_T, np.mean(some, axis=0), rtol=1e-5)
+    assert found.written == 0.5
     second_only = online.Gate("second", lambda: jnp.int32(0), lambda n, surprise: (n + 1, n == 1))
     found = read(params, TEXT, second_only)
     np.testing.assert_allclose(found.bits_T[:8], np.mean(frozen, axis=0)[:8], rtol=1e-5)
