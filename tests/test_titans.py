@@ -44,7 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("before", "masked", "heads, gates for all of them")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES])
 def test_the_op_is_the_general_path(name, x64, rng):
     """Reads, state and gradients, for a call that begins and ends inside a chunk."""
     case: dict[str, Any] = {
