@@ -76,7 +76,11 @@ class Chat:
                 except KeyboardInterrupt:
                     self.say("stopped; what was read stays read")
         finally:
-            self.end()
+            try:
+                self.end()
+            except KeyboardInterrupt:
+                self.end()
+                raise
 
     def take(self, line: str) -> None:
         """One line: a command, or text to learn from and to answer."""

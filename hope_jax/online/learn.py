@@ -1,6 +1,7 @@
 """`hope learn`, and sessions in files as the command line uses them."""
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hope_jax.online.text_file import TextFile, check_text, file_pieces
 from hope_jax.training.errors import UserError
 from hope_jax.training.overrides import apply_overrides
 
-CALLS_A_PART = 4096  # of about a thousand tokens
+PART_SECONDS = 60.0  # so that a process that is killed loses no more work than that
+CALLS_A_PART = 4096  # of a thousand tokens at most: a report grows with its chunks
 
 
 def learning_options(gate: str | None, max_moved: float | None) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def start_or_continue(
 
 
 def read_with_progress(session: Session, text: TextFile, console: Console, *, learn: bool = True) -> Iterator[Report]:
-    """Observes a text, with a bar on a terminal; Ctrl-C ends it early, and what was read stays read.
+    """Observes a text, with a bar on a terminal; Ctrl-C or a fault ends it early, and what was read stays read.
 
     Args:
       session: it reads, and learns.
@@ -85,31 +87,39 @@ def read_with_progress(session: Session, text: TextFile, console: Console, *, le
       console: where the bar is.
       learn: False: it reads and does not learn.
     Yields:
-      What was read, in parts of `CALLS_A_PART` calls: a report grows with its chunks.
+      What was read, in parts of `PART_SECONDS` or `CALLS_A_PART` calls. Of a call that Ctrl-C ended early the tokens
+        count, and the surprise is not known.
 
     Raises:
-      UserError: as `file_pieces`.
+      UserError: as `file_pieces`, after a report of what was read before.
     """
     columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     pieces, total = file_pieces(session, text)
     task = bar.add_task("", total=total, loss="compiling ...")
-    read, more, stopped = 0, True, False
-    while more and not stopped:
+    first, ended, fault = session.tokens, False, None
+    while not ended:
         reports: list[Report] = []
+        begun, end = session.tokens, time.monotonic() + PART_SECONDS
         with bar:
             try:
                 for piece in itertools.islice(pieces, CALLS_A_PART):
                     report = session.observe(piece, update_allowed=learn)
                     reports.append(without_losses(report))
-                    read += report.tokens
-                    bar.update(task, completed=read, loss=f"{report.before:.3f} nats/token")
+                    bar.update(task, completed=session.tokens - first, loss=f"{report.before:.3f} nats/token")
+                    if time.monotonic() >= end:
+                        break
+                else:
+                    ended = len(reports) < CALLS_A_PART
             except KeyboardInterrupt:
-                console.print(f"stopped; {read:,} tokens are read")
-                stopped = True
-        more = len(reports) == CALLS_A_PART
-        if reports or stopped or not read:
-            yield joined(session, reports)
+                console.print(f"stopped; {session.tokens - first:,} tokens are read")
+                ended = True
+            except UserError as error:
+                ended, fault = True, error
+        if session.tokens > begun or (begun == first and not fault):
+            yield joined(session, reports)._replace(tokens=session.tokens - begun)
+    if fault:
+        raise fault
 
 
 def save_beside(session: Session, file: Path) -> Path:
@@ -127,7 +137,8 @@ def save_beside(session: Session, file: Path) -> Path:
 def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str], **options: Any) -> None:
     """What `hope learn` does: reads a text into a session's file, and says what it learned.
 
-    The file is saved at the end and, of a long text, after each part that is reported.
+    The file is saved at the end and, of a long text, after each part that is reported; Ctrl-C meanwhile ends it after
+    one more save.
 
     Args:
       run_dir: of the run.
@@ -145,13 +156,22 @@ def learn_file(run_dir: Path, file: Path, data: Path, overrides: Sequence[str], 
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     text = check_text(data)
     session = start_or_continue(run_dir, file, overrides, **options)
-    for report in read_with_progress(session, text, console):
+
+    def save() -> str:
         try:
             session.save(file)
         except UserError as error:
             raise UserError(f"{error}; what was learned is in {save_beside(session, file)}") from error
-        console.print(learned(report))
-        console.print(f"saved {file}: {session.tokens:,} tokens")
+        return f"saved {file}: {session.tokens:,} tokens"
+
+    try:
+        for report in read_with_progress(session, text, console):
+            saved = save()
+            console.print(learned(report))
+            console.print(saved)
+    except KeyboardInterrupt:  # while it reported or saved
+        console.print(save())
+        raise
 
 
 def answer_from(run_dir: Path, file: Path, prompt: str, **options: Any) -> Iterator[str]:

@@ -22,6 +22,11 @@ class Place(NamedTuple):
         """Length of the stream so far."""
         return self.read + len(self.held.tokens)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a token before the next one in its context: the last one read is always held."""
+        return len(self.held.tokens) > 0
+
     def append(self, tokens: np.ndarray, teaches: np.ndarray) -> "Place":
         """With tokens [n] that come next and whether each may teach; they may be generated from now on."""
         seen = self.seen

@@ -238,7 +238,8 @@ class Pool:
     ) -> Iterator[tuple[str, str]]:
         """Continues some users' streams at once, in pieces of text as they are made; each ends at its own end.
 
-        A user who is evicted meanwhile gets no more; other calls of the pool in between are allowed.
+        A user who is evicted meanwhile gets no more, nor does one whose context is forgotten and who reads nothing
+        before the next token; other calls of the pool in between are allowed.
 
         Args:
           prompts: by user, what comes next in the stream.
@@ -278,7 +279,8 @@ class Pool:
         teaches: bool,
     ) -> Iterator[tuple[str, str]]:
         for i in range(max_tokens):
-            asked = [user for user, one in answers.items() if not one.ended and here(user)]
+            going = [user for user, one in answers.items() if not one.ended and here(user)]
+            asked = [user for user in going if self._rows[user].place.goes_on]
             chosen = choose_next(asked, i) if asked else {}
             tokens = {user: token for user, token in chosen.items() if token != self._fresh.vocabulary.end}
             self._extend({user: np.array([token]) for user, token in tokens.items()}, dict.fromkeys(tokens, teaches))

@@ -158,6 +158,8 @@ class Session:
     ) -> Iterator[str]:
         """Continues the stream with a prompt and what the model says then, in pieces of text as they are made.
 
+        It ends early where the context is forgotten meanwhile and nothing was read since.
+
         Args:
           prompt: what comes next in the stream.
           max_tokens: length of the answer.
@@ -183,6 +185,8 @@ class Session:
     ) -> Iterator[int]:
         choose, seed_1 = choices(temperature == 0, min(top_k, self.model.vocab_size)), np.array([seed])
         for i in range(max_tokens):
+            if not self._now.place.goes_on:
+                return
             seen_1V = self._now.place.seen[None]
             token = int(choose(temperature, self._look()[None], seed_1, np.int32(i), seen_1V)[0])
             if token == self.vocabulary.end:
@@ -340,9 +344,9 @@ class Session:
         return tokens_of(text, self.vocabulary, self.model.vocab_size)
 
     def prompt_tokens(self, prompt: str, place: Place) -> np.ndarray:
-        """Its tokens as what comes next at a place; a line end where a stream would begin with nothing."""
+        """Its tokens as what comes next at a place; a line end where a stream or context would begin with nothing."""
         tokens = self.encode(prompt)
-        return tokens if len(tokens) or place.tokens else self.encode("\n")
+        return tokens if len(tokens) or place.goes_on else self.encode("\n")
 
     def _extend(self, tokens: np.ndarray, teaches: np.ndarray) -> tuple[list[ChunkReport], int]:
         """Appends to the stream; chunks that are complete are read and written."""

@@ -64,7 +64,8 @@ def write_session(path: Path, content: SessionFile, *, known: str | None, overwr
     data = save(content.tensors, metadata={**content.metadata, "digest": digest})
     try:
         with _locked(path.parent):
-            if not overwrite and path.exists() and (known is None or _digest_in(path) != known):
+            mine = (known or digest, digest)  # the second, where an interrupt came after it was written
+            if not overwrite and path.exists() and _digest_in(path) not in mine:
                 raise UserError(
                     f"{path} holds a session that this one does not come from (another process may have saved it); "
                     "save under another name, or with overwrite=True"

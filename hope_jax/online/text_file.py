@@ -17,8 +17,8 @@ from hope_jax.training.vocabulary import BYTES
 
 MOST_TOKENISED = 1 << 24  # characters of a file for a tokenizer, which reads all of them at once
 BLOCK = 1 << 20  # bytes that are checked together
-# Bytes that are not UTF-8 are half characters in a text, and bytes again for a byte model.
-AS_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
+# Line ends as they are; bytes that are not UTF-8 are half characters, which a tokenizer refuses.
+AS_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 class TextFile(NamedTuple):
@@ -55,8 +55,9 @@ def file_pieces(session: Session, text: TextFile) -> tuple[Iterator[np.ndarray],
     """The tokens of a file in pieces: observed one after another they are the whole text, to the bit.
 
     Args:
-      session: that will observe them. For a byte model no more of the file is in memory than a piece. A tokenizer is
-        given the whole text, for what it makes of a part depends on what surrounds it; so that file must be short.
+      session: that will observe them. For a byte model no more of the file is in memory than a piece, and a pipe's
+        piece is what it has by then. A tokenizer is given the whole text, for what it makes of a part depends on what
+        surrounds it; so that file must be short, and a pipe is read to its end before anything is learned.
       text: the file.
     Returns:
       The pieces, and about how many tokens they are; None: a pipe does not say.
@@ -77,8 +78,8 @@ def file_pieces(session: Session, text: TextFile) -> tuple[Iterator[np.ndarray],
       ([1024, 976], 2000)
     """
     if session.vocabulary.name == BYTES:
-        parts = _blocks(text.path, TOKENS_A_CALL, **AS_TEXT)
-        return (np.frombuffer(part.encode(**AS_TEXT), np.uint8) for part in parts), text.size
+        parts = _blocks(text.path, TOKENS_A_CALL, mode="rb", buffering=0)  # a read does not wait for more
+        return (np.frombuffer(part, np.uint8) for part in parts), text.size
     whole = next(_blocks(text.path, MOST_TOKENISED + 1, **AS_TEXT))
     if len(whole) > MOST_TOKENISED:
         raise UserError(

@@ -61,6 +61,14 @@ def test_it_saves_at_the_end_and_goes_on(session, config, params, tmp_path):
     assert f"saved {file}" in converse(again, "/tell more", file=file)
 
 
+def test_ctrl_c_at_the_end_saves_all_the_same(session, config, params, tmp_path, monkeypatch, interrupted):
+    """At its last save, the second."""
+    monkeypatch.setattr(online.Session, "save", interrupted(online.Session.save))
+    with pytest.raises(KeyboardInterrupt):
+        converse(session, "/save", f"/tell {FACT}", file=tmp_path / "alice.hope")
+    assert online.open(tmp_path / "alice.hope", config, params).digest() == session.digest()
+
+
 def test_what_cannot_be_saved_is_saved_beside(session, config, params, tmp_path):
     """Another process has saved the file meanwhile."""
     file, beside = tmp_path / "alice.hope", tmp_path / "alice.hope.2"

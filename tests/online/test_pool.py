@@ -312,7 +312,10 @@ def test_one_user_forgets_as_a_session_does(attention, level, tmp_path):
     assert pool.session("bob").digest() == session.digest()
     assert {user: pool.session(user).digest() for user in others} == before
     asked = {"max_tokens": 10, "temperature": 0}
-    assert pool.generate({"bob": ""}, learn=False, **asked) == {"bob": session.generate("", learn=False, **asked)}
+    begins = "\n" if level in ("context", "all") else ""  # there is nothing to go on from
+    for prompt in ("", begins):
+        said = pool.generate({"bob": prompt}, learn=False, **asked)
+        assert said == {"bob": session.generate(begins, learn=False, **asked)}
 
     pool.evict("bob").save(tmp_path / "bob")
     again = online.open(tmp_path / "bob", attention.config, attention.params)
@@ -419,6 +422,22 @@ def test_answers_end_one_by_one(attention):
     before = [pool.session(user).digest() for user in users]
     pool.generate(prompts, learn=False)
     assert [pool.session(user).digest() for user in users] == before
+
+
+def test_who_forgets_the_context_gets_no_more(attention):
+    """Until there is something to go on from; who is left does not notice."""
+    pool, alone = attention.pool(), attention.pool()
+    for one in (pool, alone):
+        one.admit("ann")
+    pool.admit("bob")
+    pieces, texts = pool.answer({"ann": "one", "bob": "two"}, max_tokens=20, seed=1), {"ann": "", "bob": ""}
+    for i, (user, piece) in enumerate(pieces):
+        texts[user] += piece if i < 8 or user == "ann" else piece.rstrip("�")
+        if i == 7:
+            pool.forget("bob", "context")
+            said = texts["bob"]
+    assert texts == {"ann": alone.generate({"ann": "one"}, max_tokens=20, seed=1)["ann"], "bob": said}
+    assert pool.session("bob").tokens == 0
 
 
 def test_refusals(attention):

@@ -1,6 +1,7 @@
 """Sessions: the same state to the bit however a stream is cut, and what they say, forget and answer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,21 @@ def test_a_forgotten_context_counts_for_nothing(config, params, text):
     assert read.score(text[100:180]) == fresh.score(text[100:180])
     with pytest.raises(UserError, match="nothing to score: 1 tokens"):
         read.score(text[:1])
+
+
+@pytest.mark.parametrize("level", ["context", "all"])
+def test_where_the_context_is_forgotten_an_answer_begins_as_in_a_fresh_stream(config, params, text, level):
+    """With a line end; one that is being made ends."""
+    asked: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    read, fresh = online.Session(config, params), online.Session(config, params)
+    read.observe(text[:45], update_allowed=False)
+    answer = read.answer(max_tokens=12)
+    next(answer)
+    read.forget(level)
+    assert "".join(answer) in ("", "�") and read.tokens == 40  # half a character may have waited
+    said = read.generate(**asked)
+    assert said == fresh.generate(**asked) == online.Session(config, params).generate("\n", **asked)
+    assert read.tokens == 40 + len("\n") + asked["max_tokens"]
 
 
 def test_a_report_says_what_was_read_and_moved(whole, text):

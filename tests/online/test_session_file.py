@@ -331,6 +331,20 @@ def test_nothing_that_another_saved_is_overwritten(session, path, text):
     assert reopen(path, session).digest() == mine.digest()
 
 
+def test_what_an_interrupted_save_wrote_is_its_own(session, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        write_bytes(*arguments)
+        raise KeyboardInterrupt
+
+    write_bytes = session_file.write_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(session_file, "write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.save(tmp_path / "bob.hope")
+    session.save(tmp_path / "bob.hope")
+    assert reopen(tmp_path / "bob.hope", session).digest() == session.digest()
+
+
 def test_a_full_disk_leaves_the_old_file(session, path, monkeypatch):
     old = path.read_bytes()
     again = reopen(path, session)
