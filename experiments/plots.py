@@ -174,7 +174,8 @@ def matrix(cells: Cells, table: Table) -> Any:
     for (_, column), bests in cells.items():
         for best in bests.values():
             first = best.records[0]
-            found[column, first.model.partition(",")[0]][first.options["chunks"][0]] = best
+            if first.scores:  # it did not fail
+                found[column, first.model.partition(",")[0]][first.options["chunks"][0]] = best
     del table
     figure, panels = figure_of(2 * len(found), width=4)
     for number, ((column, model), by_chunk) in enumerate(sorted(found.items())):

@@ -9,7 +9,7 @@ import pytest
 from experiments.cells import scores_of, show, table_cells
 from experiments.comparisons import write_comparison
 from experiments.mqar import RecallOptions
-from experiments.plots import against_steps, bars
+from experiments.plots import against_steps, bars, matrix
 from experiments.published import TABLES, Table
 from experiments.records import Record, write
 from experiments.report import NONE, ReportOptions, report
@@ -219,3 +219,13 @@ def test_a_file_that_is_no_comparison_is_named(tmp_path):
     (tmp_path / "old.json").write_text('{"never": []}')
     with pytest.raises(UserError, match=r"old.json is no comparison .* run it again"):
         report(ReportOptions(tmp_path, tmp_path))
+
+
+def test_a_model_that_failed_has_no_panel_in_the_matrix():
+    options = {"learning_rates": [0.001], "seeds": [0], "chunks": [16]}
+    made = dataclasses.replace(BASE, experiment="chunk_transfer", options=options)
+    works = dataclasses.replace(made, column="clock", scores={"bits_at_16": 2.0, "bits_tuned_16": 1.5})
+    failed = dataclasses.replace(made, column="memory", model="titans, trained at 16", scores={}, failed="not finite")
+    table = TABLES["chunk_transfer"]
+    figure = matrix(table_cells([works, failed], table), table)
+    assert [axes.images[0].get_array().tolist() for axes in figure.axes] == [[[2.0]], [[1.5]]]
