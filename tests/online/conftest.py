@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from hope_jax import online
 from hope_jax.models import ModelConfig, build_lm
 from tests.training.conftest import _compile_once, program_cache  # noqa: F401  the same small programs in every file
 
@@ -48,3 +49,15 @@ def interrupted():
         return second
 
     return stop
+
+
+@pytest.fixture
+def run(config, params, tmp_path, monkeypatch):
+    """A run directory, as far as the commands see."""
+
+    def of_run(run, config, **options):
+        return online.Session(config, params, **options)
+
+    monkeypatch.setattr("hope_jax.online.keeping._config_of", lambda run: config)
+    monkeypatch.setattr("hope_jax.online.keeping._of_run", of_run)
+    return tmp_path / "run"

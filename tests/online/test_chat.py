@@ -91,18 +91,6 @@ def test_a_line_ends_once(session, monkeypatch, said, added):
     assert session.snapshot().place.held.tokens[-1] == ord("\n")
 
 
-@pytest.fixture
-def run(config, params, tmp_path, monkeypatch):
-    """A run directory, as far as the commands see."""
-
-    def of_run(run, config, **options):
-        return online.Session(config, params, **options)
-
-    monkeypatch.setattr("hope_jax.online.keeping._config_of", lambda run: config)
-    monkeypatch.setattr("hope_jax.online.keeping._of_run", of_run)
-    return tmp_path / "run"
-
-
 def test_what_a_pipe_sends_is_read_byte_by_byte(run, config, params, tmp_path, monkeypatch, capsys):
     """Lines that are not UTF-8, whatever the locale reads, and those before and after them."""
     sent = b"/tell good\r\n/tell caf\xe9 \xff\n/load \xff\n/score \xff\xfe\n/tell \xc3\xa9"

@@ -187,16 +187,10 @@ def test_a_tokenizer_reads_the_whole_text_or_refuses_it(config, params, words, t
 
 
 @pytest.fixture
-def run(config, params, tmp_path, monkeypatch):
-    """A run directory, as far as `hope learn` sees."""
-
-    def of_run(run, config, **options):
-        return online.Session(config, params, **options)
-
-    monkeypatch.setattr("hope_jax.online.keeping._config_of", lambda run: config)
-    monkeypatch.setattr("hope_jax.online.keeping._of_run", of_run)
+def run(run, monkeypatch):
+    """A run directory, and texts are saved after every call."""
     monkeypatch.setattr("hope_jax.online.learn.CALLS_A_PART", 1)
-    return tmp_path / "run"
+    return run
 
 
 def test_a_long_text_is_saved_after_each_part(run, session, file, tmp_path, capsys, monkeypatch):
